@@ -1,0 +1,64 @@
+"""Limbeck distils visual knowledge: what a large vision or vision-language model knows, into a student small enough to ship.
+
+The public names are loaded when they are first used, so that ``import limbeck`` and ``limbeck --help`` cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "create": "limbeck.api",
+    "list_methods": "limbeck.api",
+    "compose": "limbeck.methods.compose",
+    "CE": "limbeck.methods.compose",
+    "KD": "limbeck.methods.compose",
+    "Hint": "limbeck.methods.compose",
+    "Cosine": "limbeck.methods.compose",
+    "distill": "limbeck.engine.run",
+    "run": "limbeck.engine.run",
+    "resume": "limbeck.engine.run",
+    "evaluate": "limbeck.engine.run",
+    "Run": "limbeck.engine.run",
+    "bench": "limbeck.engine.bench",
+    "load_recipe": "limbeck.engine.recipe",
+    "VLM": "limbeck.models.vlm",
+    "load_vlm": "limbeck.models.loading",
+    "FrozenTeacher": "limbeck.teachers.frozen",
+    "Method": "limbeck.methods.base",
+    "Losses": "limbeck.methods.base",
+    "Stage": "limbeck.methods.base",
+    "Batch": "limbeck.batch",
+    "BadInput": "limbeck.errors",
+    "LimbeckError": "limbeck.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from limbeck.api import create, list_methods
+    from limbeck.batch import Batch
+    from limbeck.engine.bench import bench
+    from limbeck.engine.recipe import load_recipe
+    from limbeck.engine.run import Run, distill, evaluate, resume, run
+    from limbeck.errors import BadInput, LimbeckError
+    from limbeck.methods.base import Losses, Method, Stage
+    from limbeck.methods.compose import CE, KD, Cosine, Hint, compose
+    from limbeck.models.loading import load_vlm
+    from limbeck.models.vlm import VLM
+    from limbeck.teachers.frozen import FrozenTeacher
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

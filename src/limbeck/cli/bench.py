@@ -1,0 +1,85 @@
+"""``limbeck bench``"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from limbeck.cli.output import count, number, print_json, print_table
+
+
+def command(
+    context: typer.Context,
+    recipe: str = typer.Argument(help="A YAML file, or the name of a shipped recipe. Any key: --train.lr 3e-4"),
+    seeds: int = typer.Option(3, help="How many seeds, from 0."),
+    out: Path | None = typer.Option(
+        None, help="Where the runs go; an interrupted bench goes on there. Default runs/bench-<time>."
+    ),
+    json: Path | None = typer.Option(None, "--json", help="Write the result as JSON to this file; - for standard output."),
+    quiet: bool = typer.Option(False, "--quiet", help="Warnings only on standard error."),
+) -> None:
+    """Train a recipe's method and its controls over seeds; means, deviations and paired 95 % intervals.
+
+    Example: limbeck bench switch-kd --seeds 5 --json out.json
+    """
+    from limbeck.engine.bench import bench
+
+    folder = out or Path(f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
+    result = bench(recipe, seeds=seeds, out=folder, overrides=context.args, quiet=quiet)
+    if json is not None and str(json) == "-":
+        print_json(result)
+        return
+    if json is not None:
+        import json as encoder
+
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(encoder.dumps(result, indent=1))
+    print_bench(result)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """The arms, then the method's paired difference to each."""
+    metrics = [
+        m for m in next(iter(result["arms"].values())) if "/" not in m and m not in ("parameters", "latency_ms", "seconds")
+    ]
+    costs = ("parameters", "latency_ms", "seconds")
+    rows = []
+    teacher = result["teacher"]
+    if teacher:
+        cells = [number(teacher.get(m)) for m in metrics]
+        rows.append(("teacher", *cells, count(teacher.get("parameters")), number(teacher.get("latency_ms"), 2), "-"))
+    order = [name for name in result["arms"] if name != result["method"]] + [result["method"]]
+    for name in order:
+        arm = result["arms"][name]
+        cells = [spread(arm.get(m)) for m in metrics]
+        means = [arm[c]["mean"] if c in arm else None for c in costs]
+        rows.append((name, *cells, count(means[0]), number(means[1], 2), number(means[2], 1)))
+    head = ("", *(m.replace("_", " ") for m in metrics), "parameters", "latency ms", "train s")
+    print_table(head, rows, right=range(1, len(head)))
+    gains = [
+        (f"{result['method']} - {name}", metric.replace("_", " "), f"{d['mean']:+.3f}", interval(d))
+        for name, differences in result["paired"].items()
+        for metric, d in differences.items()
+        if metric in metrics
+    ]
+    print_table(("paired by seed", "metric", "mean", "95 % interval"), gains, right=(2,))
+    print(f"{result['seeds']} seeds, {result['split']} split; runs:")
+    for name in order:
+        print(f"  {name}: {result['runs'][name][0]}" + (f" ... {result['runs'][name][-1]}" if result["seeds"] > 1 else ""))
+
+
+def spread(cell: dict[str, Any] | None) -> str:
+    """mean ± deviation."""
+    if cell is None:
+        return "-"
+    return number(cell["mean"]) + (f" ± {cell['std']:.3f}" if cell["std"] is not None else "")
+
+
+def interval(difference: dict[str, float | None]) -> str:
+    """[low, high], or that one seed gives none."""
+    if difference["low"] is None:
+        return "one seed: none"
+    return f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"

@@ -1,0 +1,49 @@
+"""What every data source yields: a visual question-answering record whose images are opened only when they are needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Union
+
+from PIL import Image, ImageOps
+
+ImageSource = Union[str, Path, bytes, Image.Image, Callable[[], "ImageSource"]]
+"""Where a picture is: a file, its encoded bytes, an opened picture, or a function that fetches any of these."""
+
+
+@dataclass(frozen=True)
+class VQARecord:
+    """One conversation about some images (or none).
+
+    turns: (question, answer) pairs in order; all images stand before the first question.
+    kind: the kind of question, for accuracy by kind; "" where the source does not say.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    turns: tuple[tuple[str, str], ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class LoadedRecords:
+    """The usable records of one split, and the rows that were left out: dicts with ``row``, ``id`` and ``reason``."""
+
+    records: list[VQARecord]
+    skipped: list[dict[str, str | int]] = field(default_factory=list)
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Open and decode a picture, turned upright by its EXIF orientation, as RGB.
+
+    Raises whatever the decoder raises (mostly ``OSError``) where the source is missing, truncated or no image.
+    """
+    if callable(source):
+        return open_image(source())
+    if isinstance(source, Image.Image):
+        return source if source.mode == "RGB" else source.convert("RGB")
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,0 +1,143 @@
+"""Does it help? A recipe's method and its controls, over seeds, on the same data; means, deviations and paired intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.engine.progress import Progress
+from limbeck.engine.recipe import Recipe, load_recipe
+from limbeck.engine.run import environment, run
+from limbeck.engine.task import load_teacher
+from limbeck.errors import BadInput
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's.
+T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def bench(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    seeds: int = 3,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train every arm of a recipe over seeds 0..seeds-1 and compare them on held-out data.
+
+    A seed draws the student's initial weights, the training data where the recipe makes it, and the order of batches; the teacher is one.
+    Finished runs in ``out`` are read, not repeated, so that an interrupted bench goes on. Returns
+    ``{"method", "arms": {arm: {metric: {"mean", "std", "values"}}}, "paired": {arm: {metric: {"mean", "low", "high"}}}, "teacher",
+    "runs", "environment"}``; paired is method minus arm, by seed, with a 95 % t interval (null for one seed).
+    """
+    if seeds < 1:
+        raise BadInput(f"bench needs at least 1 seed, got {seeds}")
+    recipe = load_recipe(source, overrides)
+    progress, folder = Progress(quiet=quiet), Path(out)
+    arms = {recipe.method.name: recipe}
+    for arm in recipe.arms:
+        arms[arm if isinstance(arm, str) else arm.name] = recipe.with_method(arm)
+    check_same(folder, recipe)
+    teacher = load_teacher(recipe.teacher) if recipe.teacher else None
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for seed in range(seeds):
+        for name, arm_recipe in arms.items():
+            path = folder / name / f"seed-{seed}"
+            if not (path / "result.json").exists():
+                progress.note(f"{name}, seed {seed}")
+                clear_unfinished(path)
+                run(arm_recipe.with_seed(seed), out=path, teacher=teacher, quiet=True)
+            results[name].append(json.loads((path / "result.json").read_text()))
+    measured = {name: gather([numbers(result) for result in rows]) for name, rows in results.items()}
+    main = measured[recipe.method.name]
+    table = {
+        "method": recipe.method.name,
+        "seeds": seeds,
+        "split": "test" if results[recipe.method.name][0]["test"] else "val",
+        "arms": {name: {metric: summary(values) for metric, values in metrics.items()} for name, metrics in measured.items()},
+        "paired": {
+            name: {metric: paired(main[metric], values) for metric, values in metrics.items() if metric in main}
+            for name, metrics in measured.items()
+            if name != recipe.method.name
+        },
+        "teacher": teacher_row(results),
+        "runs": {name: [str(folder / name / f"seed-{seed}") for seed in range(seeds)] for name in arms},
+        "environment": environment(),
+    }
+    (folder / "bench.json").write_text(json.dumps(table, indent=1))
+    return table
+
+
+def check_same(folder: Path, recipe: Recipe) -> None:
+    """A bench folder holds one recipe: another one is refused."""
+    mark = folder / "bench.yaml"
+    if mark.exists() and mark.read_text() != recipe.dump():
+        raise BadInput(f"{folder} holds a bench of another recipe: choose another --out")
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} is not empty and holds no bench: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(recipe.dump())
+
+
+def clear_unfinished(path: Path) -> None:
+    """An arm that was cut off starts again: arms are short, and a bench must not depend on where it was cut."""
+    import shutil
+
+    if (path / "recipe.yaml").exists():
+        shutil.rmtree(path)
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that a bench compares: those of the test split where there is one, and what the student costs."""
+    student = result.get("student", {})
+    return {
+        **(result["test"] or result["validation"]),
+        **{name: float(value) for name, value in student.items()},
+        "seconds": result["seconds"],
+    }
+
+
+def gather(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Per metric, the values over seeds; a metric that a seed lacks is left out."""
+    return {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
+
+
+def paired(values: Sequence[float], controls: Sequence[float]) -> dict[str, float | None]:
+    """The mean difference by seed with its 95 % interval (Student's t over the paired differences)."""
+    differences = [value - control for value, control in zip(values, controls, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    freedom = len(differences) - 1
+    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96
+    half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def teacher_row(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The teacher's accuracy and costs, as some arm's run measured them."""
+    for rows in results.values():
+        for row in rows:
+            if "teacher" in row:
+                measured = row["test"] or row["validation"]
+                found = dict(row["teacher"])
+                if "teacher_accuracy" in measured:
+                    found["accuracy"] = measured["teacher_accuracy"]
+                return found
+    return {}

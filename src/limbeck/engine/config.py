@@ -1,0 +1,115 @@
+"""How to train: one pydantic model, the ``train:`` part of a recipe and the keywords of `limbeck.distill`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from limbeck.errors import BadInput
+from limbeck.naming import nearest
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys; immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class StageConfig(Strict):
+    """A stage of the recipe: what differs from ``train`` and from the method's stage of that name."""
+
+    name: str
+    trainable: tuple[str, ...] = ("*",)
+    weights: dict[str, float] = {}
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive | None = None
+    data: dict[str, Any] | None = None
+
+
+class Select(Strict):
+    """Which validation metric chooses the checkpoint that is kept as the student."""
+
+    metric: str = "accuracy"
+    mode: Literal["max", "min"] = "max"
+
+
+class TrainConfig(Strict):
+    """How to train.
+
+    epochs, steps: length of a stage (steps wins). batch_size: samples an optimiser step sees over all processes; it is split into
+    micro-batches of ``micro_batch_size`` a process, so that one recipe trains the same on any number of devices.
+    lr: peak learning rate. warmup: share of a stage's steps (< 1) or a number of steps. clip: largest gradient norm, null = none.
+    precision: fp32 | bf16 | fp16 (autocast; weights stay float32). evaluate_every, checkpoint_every, log_every: optimiser steps;
+    evaluate_every null = once an epoch, 0 = never. keep: checkpoints kept beside the best. ema: decay of an exponential moving average
+    of the student, which is then evaluated and saved. diagnose_every: steps between two measurements of each term's share of the
+    gradient (0 = never).
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Positive | None = None
+    batch_size: Positive = 32
+    micro_batch_size: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    workers: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0)] | None = None
+    checkpoint_every: Annotated[int, Field(ge=0)] = 500
+    log_every: Positive = 10
+    diagnose_every: Annotated[int, Field(ge=0)] = 0
+    keep: Positive = 2
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    gradient_checkpointing: bool = False
+    select: Select = Select()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    stages: tuple[StageConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> TrainConfig:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+def validated(model: type[Strict], values: Mapping[str, Any], where: str) -> Any:
+    """Validate; the first fault becomes one line: an unknown key with the nearest known one, a wrong value with what is right."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise BadInput(f"{where}: {_explain(model, error)}") from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    dotted = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {dotted!r}; {nearest(path[-1], _fields_at(model, path[:-1]))}"
+    if first["type"] == "missing":
+        return f"{dotted!r} is required"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {reason} (given {first['input']!r})" if dotted else reason
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names of the model nested at ``path``; numbers are list positions."""
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), model)
+    return list(model.model_fields)

@@ -1,0 +1,209 @@
+"""A recipe: which teacher hands what to which student on which data, in one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from limbeck.engine.config import Strict, TrainConfig, validated
+from limbeck.errors import BadInput
+from limbeck.methods.registry import configure, find
+from limbeck.naming import nearest
+
+
+class MethodSpec(BaseModel):
+    """name: a method of `limbeck list`; every other key is one of its hyper-parameters, checked against its ``Config``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelSpec(Strict):
+    """A model.
+
+    source: transformers (a hub name or a folder) | python (``pkg.mod:factory``) | tiny (embedded, made live) |
+    recipe (train it first by the recipe at ``name``, once; teachers only).
+    dtype: of the weights; null keeps float32. weights: a safetensors file to start from. options: keywords of the factory or sizes of an embedded model.
+    """
+
+    source: str
+    name: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    trust_remote_code: bool = False
+    random_init: bool = False
+    weights: str | None = None
+    options: dict[str, Any] = {}
+
+
+class DataSpec(BaseModel):
+    """source: of `limbeck.data`; every other key belongs to it and is checked by it. max_broken: share of broken rows tolerated."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    source: str
+    max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_length: Annotated[int, Field(gt=0)] | None = None
+
+
+class Arm(Strict):
+    """A control that `limbeck bench` trains beside the method."""
+
+    name: str
+    method: MethodSpec
+
+
+class Recipe(Strict):
+    """A validated recipe; paths are absolute."""
+
+    method: MethodSpec
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    data: DataSpec
+    train: TrainConfig = TrainConfig()
+    evaluate: tuple[str, ...] = ("vqa-accuracy",)
+    arms: tuple[Arm | str, ...] = ()
+
+    def with_method(self, arm: Arm | str) -> Recipe:
+        """This recipe with another method: a name alone takes that method's defaults."""
+        method = MethodSpec(name=arm) if isinstance(arm, str) else arm.method
+        return self.model_copy(update={"method": method})
+
+    def with_seed(self, seed: int) -> Recipe:
+        """This recipe with another training seed."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"seed": seed})})
+
+    def dump(self) -> str:
+        """YAML that loads back to this recipe; defaults are left out."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe before anything is loaded.
+
+    source: a YAML file, the name of a recipe that ships with Limbeck (``switch-kd``), or a mapping. overrides: ``--train.lr 3e-4`` or
+    ``--train.lr=3e-4`` as on the command line. Relative paths in a file are relative to that file. Raises `BadInput` with one line.
+    """
+    if isinstance(source, Recipe) and not overrides:
+        return source
+    if isinstance(source, Recipe):
+        values, folder, where = source.model_dump(mode="json", exclude_defaults=True), Path.cwd(), "recipe"
+    elif isinstance(source, Mapping):
+        values, folder, where = dict(source), Path.cwd(), "recipe"
+    else:
+        path = locate(source)
+        values, folder, where = _read_yaml(path), path.parent, str(path)
+    for dotted, value in parse_overrides(overrides):
+        _assign(values, dotted, value)
+    recipe: Recipe = validated(Recipe, _absolute(values, folder), where)
+    for method in (recipe.method, *(arm.method for arm in recipe.arms if isinstance(arm, Arm))):
+        configure(find(method.name).load(), method.hyper)
+    for arm in recipe.arms:
+        if isinstance(arm, str):
+            find(arm)
+    return recipe
+
+
+def locate(source: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that ships with Limbeck."""
+    path = Path(source)
+    if path.is_file():
+        return path.resolve()
+    shipped = shipped_recipes()
+    if str(source) in shipped:
+        return shipped[str(source)]
+    raise BadInput(f"no recipe {str(source)!r}: neither a file nor one that ships with Limbeck ({nearest(str(source), shipped)})")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with Limbeck, by name."""
+    package = Path(__file__).resolve().parents[1] / "recipes"
+    folder = package if package.is_dir() else package.parents[2] / "recipes"
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """``["--train.lr", "3e-4", "--train.seed=1"]`` -> [("train.lr", "3e-4"), ("train.seed", 1)]; values are YAML
+    (1.1 reads 3e-4 as text; pydantic makes it the number where one is wanted)."""
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise BadInput(f"unexpected argument {flag!r}: a recipe key is overridden as --train.lr 3e-4")
+        key, given, text = flag[2:].partition("=")
+        if not given:
+            if not rest:
+                raise BadInput(f"--{key} needs a value, as in --train.lr 3e-4")
+            text = rest.pop(0)
+        pairs.append((key, yaml.safe_load(text)))
+    return pairs
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for part in parents:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise BadInput(f"--{dotted}: {part!r} is not a group of keys")
+    values[last] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not a text file in UTF-8"
+        raise BadInput(f"{path}{place}: not readable as YAML: {problem}") from error
+    if not isinstance(values, dict):
+        raise BadInput(
+            f"{path}: a recipe is a mapping with the keys method, student, data, ...; this file holds {type(values).__name__}"
+        )
+    return values
+
+
+PATH_KEYS = {"path", "images", "val_path", "test_path"}
+
+
+def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths of ``data`` and local model folders, made absolute against the recipe's folder."""
+
+    def data(spec: Any) -> Any:
+        if not isinstance(spec, Mapping):
+            return spec
+        return {
+            key: str((folder / value).resolve()) if key in PATH_KEYS and isinstance(value, str) and _local(spec, key) else value
+            for key, value in spec.items()
+        }
+
+    def model(spec: Any) -> Any:
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+            return spec
+        here = folder / spec["name"]
+        if spec.get("source") == "recipe" or (spec.get("source") == "transformers" and here.is_dir()):
+            return {**spec, "name": str(here.resolve())}
+        return spec
+
+    changed = dict(values)
+    for key, change in (("data", data), ("student", model), ("teacher", model)):
+        if key in changed:
+            changed[key] = change(changed[key])
+    if isinstance(changed.get("train"), Mapping) and isinstance(changed["train"].get("stages"), list):
+        stages = [
+            {**s, "data": data(s["data"])} if isinstance(s, dict) and s.get("data") else s for s in changed["train"]["stages"]
+        ]
+        changed["train"] = {**changed["train"], "stages": stages}
+    return changed
+
+
+def _local(spec: Mapping[str, Any], key: str) -> bool:
+    """A hub name of ``datasets`` is no path."""
+    return not (spec.get("source") == "hf" and key == "path")

@@ -1,0 +1,313 @@
+"""A run: one recipe, one folder. Train, resume, evaluate; every command and the Python functions come here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
+
+from limbeck import __version__
+from limbeck.batch import Batch
+from limbeck.engine.batches import collate_pairs, evaluation_loader
+from limbeck.engine.checkpoint import write_atomically
+from limbeck.engine.config import TrainConfig, validated
+from limbeck.engine.progress import Progress
+from limbeck.engine.recipe import Recipe, load_recipe
+from limbeck.engine.task import EVALUATION_BATCH, Task, build_task, cache_folder, validator
+from limbeck.engine.trainer import Evaluate, Trainer
+from limbeck.errors import BadInput
+from limbeck.evaluate import protocols
+from limbeck.evaluate.cost import latency, parameters
+from limbeck.evaluate.probe import ProbeResult, probe
+from limbeck.methods.base import Method
+from limbeck.models.loading import load_vlm
+from limbeck.models.vlm import VLM
+
+VERSIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "pydantic", "datasets", "scikit-learn")
+
+
+@dataclass
+class Run:
+    """A finished run. student: the trained module, bare. validation, test: metrics of the kept student, where there was such data."""
+
+    path: Path
+    method: Method
+    validation: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def student(self) -> nn.Module:
+        return self.method.deployable()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Test metrics where there is a test split, else validation metrics."""
+        return self.test or self.validation
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    teacher: VLM | nn.Module | None = None,
+) -> Run:
+    """Train what a recipe describes into the folder ``out`` (default ``runs/<method>-<time>``).
+
+    recipe: a file, the name of a shipped recipe, a mapping or a `Recipe`. overrides: ``["--train.lr", "3e-4"]``. teacher: one already
+    loaded, in place of the recipe's. Raises `BadInput` before anything is written where the recipe, the models or the data do not fit.
+    """
+    recipe = load_recipe(recipe, overrides)
+    folder = Path(out or f"runs/{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    claim(folder)
+    task = build_task(recipe, teacher)
+    trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
+    trainer.setup()
+    if trainer.accelerator.is_main_process:
+        write_head(folder, recipe, task)
+    return finish(trainer, task, resume=False)
+
+
+def resume(folder: str | Path, *, quiet: bool = False) -> Run:
+    """Go on with an interrupted run from its newest whole checkpoint, mid-epoch; the result is that of the uninterrupted run."""
+    folder = run_folder(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    if (folder / "result.json").exists():
+        raise BadInput(f"{folder} is complete: nothing to resume (its student is in {folder / 'student'})")
+    task = build_task(recipe)
+    trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
+    trainer.setup()
+    return finish(trainer, task, resume=True)
+
+
+def evaluate(folder: str | Path, *, split: str = "test", names: Sequence[str] | None = None) -> dict[str, float]:
+    """Measure the student of a finished run on a split. names: protocols, else the recipe's."""
+    task, accelerator = reopen(folder)
+    task.batches(split)
+    if names:
+        task.protocols = tuple(names)
+    with torch.no_grad():
+        return task.measure(task.method, accelerator, split=split)
+
+
+def reopen(folder: str | Path) -> tuple[Task, Accelerator]:
+    """The task of a finished run with its trained student in place, on the device, in eval mode."""
+    folder = run_folder(folder)
+    if not (folder / "student").is_dir():
+        raise BadInput(f"{folder} has no student yet: finish it with `limbeck resume {folder}`")
+    recipe = load_recipe(folder / "recipe.yaml")
+    student = load_vlm("transformers", str(folder / "student"))
+    task = build_task(recipe, student=student)
+    adapters = folder / "adapters.safetensors"
+    if adapters.exists():
+        task.method.load_state_dict(load_file(adapters), strict=False)
+    accelerator = Accelerator()
+    task.method.to(accelerator.device).eval()
+    if isinstance(task.teacher, VLM):
+        task.teacher.model.to(accelerator.device)
+    return task, accelerator
+
+
+def probe_run(folder: str | Path, *, split: str = "val") -> ProbeResult:
+    """The four hybrids of teacher and student vision and language of a finished run (`limbeck.evaluate.probe`)."""
+    task, accelerator = reopen(folder)
+    if not isinstance(task.teacher, VLM) or not isinstance(getattr(task.method, "view", None), VLM):
+        raise BadInput(f"{folder}: a probe needs a vision-language student and teacher; this recipe has no such teacher")
+    switched = protocols.switch_of(task.method)
+    view: Any = task.method.view
+    return probe(task.batches(split), view, task.teacher, switched=switched, device=accelerator.device)
+
+
+def distill(
+    method: Method,
+    train_data: Any,
+    eval_data: Any = None,
+    *,
+    out: str | Path,
+    collate: Callable[[list[Any]], Batch] = collate_pairs,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **train: Any,
+) -> Run:
+    """Train any `Method` on any map-style dataset.
+
+    train_data, eval_data: datasets of (image, label) pairs or mappings of tensors; other items need ``collate``. evaluate: called with
+    (method, accelerator) on validation data; the default measures the accuracy of the student on ``eval_data``. train: the keywords of
+    `limbeck.engine.config.TrainConfig` (epochs, batch_size, lr, precision, ...). resume: go on from the newest checkpoint in ``out``.
+    """
+    config: TrainConfig = validated(TrainConfig, train, "distill")
+    folder = Path(out)
+    if not resume:
+        claim(folder)
+
+    def accuracy(method: Method, accelerator: Accelerator) -> dict[str, float]:
+        loader = evaluation_loader(
+            eval_data, collate, EVALUATION_BATCH, rank=accelerator.process_index, world=accelerator.num_processes
+        )
+        return protocols.evaluate(protocols.default_for(method), loader, method, device=accelerator.device)
+
+    measure = evaluate or (accuracy if eval_data is not None else None)
+    trainer = Trainer(method, train_data, config, folder, collate=collate, evaluate=measure, quiet=quiet)
+    trainer.setup()
+    if trainer.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
+    validation = trainer.fit(resume=resume)
+    if trainer.accelerator.is_main_process:
+        save_student(method, folder)
+    trainer.accelerator.wait_for_everyone()
+    return Run(folder, method, validation)
+
+
+def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
+    """Train to the end, keep the student, measure it on the test split."""
+    started = time.perf_counter()
+    validation = trainer.fit(resume=resume)
+    seconds = time.perf_counter() - started
+    test = trainer.measured(partial(task.measure, split="test")) if "test" in task.held_out else {}
+    folder = trainer.out
+    if trainer.accelerator.is_main_process:
+        save_student(task.method, folder)
+        result = {"validation": validation, "test": test, "seconds": seconds, "steps": trainer.total_steps, **costs(task, folder)}
+        write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    trainer.progress.note(f"student: {folder / 'student'}")
+    return Run(folder, task.method, validation, test)
+
+
+def costs(task: Task, folder: Path) -> dict[str, Any]:
+    """Parameters and latency of the student and of the teacher."""
+    found: dict[str, Any] = {}
+    split = next(iter(task.held_out), None)
+    sample = task.collate([task.held_out[split][0]]) if split else None
+    views = {"student": getattr(task.method, "view", task.method.student), "teacher": task.teacher}
+    for name, view in views.items():
+        if view is None:
+            continue
+        model = view.model if isinstance(view, VLM) else view
+        found[name] = {"parameters": parameters(model)}
+        if isinstance(view, VLM) and sample is not None:
+            device = next(model.parameters()).device
+            side = sample[name] if name in sample else sample["student"]
+            inputs = {key: value.to(device) for key, value in side.items() if isinstance(value, torch.Tensor)}
+            found[name]["latency_ms"] = latency(view, inputs)
+    return found
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds another run (or anything else)."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds another run" if (folder / "recipe.yaml").exists() else "is not empty"
+        raise BadInput(f"{folder} {what}: choose another --out, or continue it with `limbeck resume {folder}`")
+    PartialState().wait_for_everyone()
+
+
+def run_folder(folder: str | Path) -> Path:
+    """The folder of a run; `BadInput` where there is none."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise BadInput(f"{folder} is not a run folder: it has no recipe.yaml")
+    return folder
+
+
+def write_head(folder: Path, recipe: Recipe, task: Task) -> None:
+    """What a run writes before its first step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.yaml", recipe.dump())
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
+    if task.skipped:
+        write_atomically(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in task.skipped))
+
+
+def save_student(method: Method, folder: Path) -> None:
+    """Write ``student/`` so that the library it came from loads it, whole or not at all; adapters beside it."""
+    staged = folder / ".student"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    student: Any = method.deployable()
+    if hasattr(student, "save_pretrained"):
+        student.save_pretrained(staged)
+        processor = getattr(getattr(method, "view", None), "processor", None)
+        if processor is not None:
+            processor.save_pretrained(staged)
+    else:
+        save_model(student, str(staged / "model.safetensors"))
+    shutil.rmtree(folder / "student", ignore_errors=True)
+    os.replace(staged, folder / "student")
+    adapters = {name: tensor.contiguous() for name, tensor in method.state_dict().items() if not name.startswith("student.")}
+    if adapters:
+        save_file(adapters, folder / "adapters.safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on. No environment variables: they hold secrets."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    state = PartialState()
+    return {
+        "limbeck": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "processes": state.num_processes,
+        "packages": found,
+    }
+
+
+def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM:
+    """The student of a recipe, trained the first time it is asked for and kept in the cache under the recipe's fingerprint."""
+    recipe = load_recipe(source, overrides)
+    fingerprint = hashlib.blake2b(f"{__version__}\n{recipe.dump()}".encode(), digest_size=8).hexdigest()
+    kept = cache_folder() / "teachers" / f"{Path(source).stem}-{fingerprint}"
+    state = PartialState()
+    with one_at_a_time(kept.with_name(f"{kept.name}.lock"), state):
+        [missing] = broadcast_object_list([not (kept / "student").is_dir()])
+        if missing:
+            unfinished = kept.with_name(f"{kept.name}.unfinished")
+            if state.is_main_process:
+                Progress().note(f"training the teacher of {Path(source).name}, once; it is kept in {kept}")
+                shutil.rmtree(unfinished, ignore_errors=True)
+            state.wait_for_everyone()
+            run(recipe, out=unfinished)
+            if state.is_main_process:
+                os.replace(unfinished, kept)
+            state.wait_for_everyone()
+    return load_vlm("transformers", str(kept / "student"))
+
+
+@contextmanager
+def one_at_a_time(lock: Path, state: PartialState) -> Any:
+    """Hold a lock file among the programs of this machine; the processes of one program hold it together."""
+    import fcntl
+
+    with ExitStack() as held:
+        if state.is_main_process:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        state.wait_for_everyone()
+        yield

@@ -1,0 +1,178 @@
+"""From a validated recipe to what a run needs: models, datasets, collation and what is measured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from limbeck.batch import Batch
+from limbeck.data.loading import load_data
+from limbeck.data.vlm import VQACollator, VQADataset
+from limbeck.engine.batches import collate_pairs, evaluation_loader
+from limbeck.engine.checkpoint import load_weights
+from limbeck.engine.recipe import DataSpec, ModelSpec, Recipe
+from limbeck.errors import BadInput
+from limbeck.evaluate import protocols
+from limbeck.methods.base import Method
+from limbeck.methods.registry import configure, find
+from limbeck.models.loading import load
+from limbeck.models.tiny import digit_vlm
+from limbeck.models.vlm import VLM
+
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class Task:
+    """Everything a run trains and measures. data: stage name (or "train") -> dataset; skipped: broken rows, by split."""
+
+    method: Method
+    teacher: VLM | nn.Module | None
+    data: dict[str, Any]
+    held_out: dict[str, Any]
+    collate: Callable[[list[Any]], Batch]
+    protocols: tuple[str, ...]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(self, method: Method, accelerator: Accelerator, *, split: str = "val") -> dict[str, float]:
+        """The recipe's protocols on a held-out split."""
+        loader = evaluation_loader(
+            self.held_out[split], self.collate, EVALUATION_BATCH, rank=accelerator.process_index, world=accelerator.num_processes
+        )
+        return protocols.evaluate(self.protocols, loader, method, self.teacher, device=accelerator.device)
+
+    def batches(self, split: str, device_batch: int = EVALUATION_BATCH) -> Any:
+        """The batches of a held-out split, in order."""
+        if split not in self.held_out:
+            raise BadInput(f"this data has no {split!r} split; it has {', '.join(self.held_out) or 'none'}")
+        return evaluation_loader(self.held_out[split], self.collate, device_batch)
+
+
+def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: VLM | nn.Module | None = None) -> Task:
+    """Load the models and the data of a recipe and check that they fit. Raises `BadInput` before anything is written.
+
+    teacher, student: already loaded ones; else the recipe's are loaded. The student is drawn from the recipe's seed.
+    """
+    entry = find(recipe.method.name)
+    hyper = vars(configure(entry.load(), recipe.method.hyper))
+    for name in recipe.evaluate:
+        protocols.find(name)
+    torch.manual_seed(recipe.train.seed)
+    student = student or load_model(recipe.student, recipe.train.seed)
+    if teacher is None and recipe.teacher is not None:
+        teacher = load_teacher(recipe.teacher)
+    method_class: Any = entry.load()
+    method = method_class(student, teacher if method_class.needs_teacher else None, **hyper)
+    stage_data = {stage.name: DataSpec(**stage.data) for stage in recipe.train.stages if stage.data}
+    specs = {"train": recipe.data, **stage_data}
+    if isinstance(student, VLM):
+        return vision_language_task(recipe, method, student, teacher, specs)
+    return plain_task(recipe, method, teacher if isinstance(teacher, nn.Module) else None, specs)
+
+
+def vision_language_task(
+    recipe: Recipe, method: Method, student: VLM, teacher: VLM | nn.Module | None, specs: Mapping[str, DataSpec]
+) -> Task:
+    """Records through the student's processor and, where it reads differently, the teacher's."""
+    if teacher is not None and not isinstance(teacher, VLM):
+        raise BadInput(f"the student is a vision-language model and the teacher is not ({type(teacher).__name__})")
+    if student.processor is None:
+        raise BadInput("the student has no processor: a vision-language student needs one to read pictures and questions")
+    skipped: list[dict[str, Any]] = []
+    limit = min([recipe.data.max_length or context_length(student.model), *([context_length(teacher.model)] if teacher else [])])
+
+    def dataset(spec: DataSpec, split: str, required: bool) -> VQADataset | None:
+        loaded = load_data(spec.model_dump(exclude={"max_length"}), split)
+        skipped.extend({"split": split, **row} for row in loaded.skipped)
+        if not loaded.records:
+            if required:
+                raise BadInput(f"data.{spec.source}: no {split} records: nothing to distil on")
+            return None
+        return VQADataset(
+            loaded.records,
+            student.processor,
+            teacher.processor if teacher else None,
+            max_length=limit,
+            cache=spec.source == "digit-scenes",
+        )
+
+    data = {stage: dataset(spec, "train", True) for stage, spec in specs.items()}
+    held_out = {split: found for split in ("val", "test") if (found := dataset(recipe.data, split, False)) is not None}
+    collate = VQACollator(student.processor, teacher.processor if teacher else None)
+    return Task(method, teacher, data, held_out, collate, recipe.evaluate, skipped)
+
+
+def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs: Mapping[str, DataSpec]) -> Task:
+    """Datasets of (image, label) pairs, from a function that the recipe names: ``{source: python, name: "pkg.mod:function"}``."""
+
+    def dataset(spec: DataSpec, split: str) -> Any:
+        if spec.source != "python":
+            raise BadInput(f"data.source {spec.source!r} holds questions and answers; a classifier learns from source: python")
+        options = dict(spec.model_extra or {})
+        return import_target(options.pop("name", ""))(split, **options)
+
+    data = {stage: dataset(spec, "train") for stage, spec in specs.items()}
+    held_out = {split: found for split in ("val", "test") if (found := dataset(recipe.data, split)) is not None}
+    names = ("classification",) if recipe.evaluate == Recipe.model_fields["evaluate"].default else recipe.evaluate
+    return Task(method, teacher, data, held_out, collate_pairs, names)
+
+
+def load_model(spec: ModelSpec, seed: int) -> VLM | nn.Module:
+    """The model of a spec; random weights are drawn from ``seed``."""
+    options = {key: value for key, value in spec.model_dump(exclude_defaults=True).items() if key not in ("options", "weights")}
+    torch.manual_seed(seed)
+    if spec.source == "tiny":
+        model: VLM | nn.Module = VLM(*digit_vlm.build(spec.name, seed, **spec.options))
+    else:
+        model = load({**options, **spec.options})
+    if spec.weights is not None:
+        bare = model.model if isinstance(model, VLM) else model
+        try:
+            bare.load_state_dict(load_weights(Path(spec.weights)))
+        except RuntimeError as error:
+            raise BadInput(f"{spec.weights} does not fit {type(bare).__name__}: {str(error).splitlines()[-1].strip()}") from error
+    return model
+
+
+def load_teacher(spec: ModelSpec) -> VLM | nn.Module:
+    """The teacher of a spec. ``source: recipe`` trains it by that recipe, once, into the cache."""
+    if spec.source != "recipe":
+        return load_model(spec, seed=0)
+    from limbeck.engine.run import trained_once
+
+    return trained_once(spec.name, [f"--{key}={value}" for key, value in spec.options.items()])
+
+
+def cache_folder() -> Path:
+    """Where teachers that Limbeck trained are kept: $LIMBECK_CACHE, else ~/.cache/limbeck."""
+    return Path(os.environ.get("LIMBECK_CACHE") or Path.home() / ".cache" / "limbeck")
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens that the language part can read; unlimited where its config does not say."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or 2**31
+
+
+def import_target(target: str) -> Any:
+    """What ``package.module:name`` names."""
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"{target!r} cannot be imported ({error}); expected package.module:function") from error
+
+
+def validator(task: Task) -> Callable[[Method, Accelerator], dict[str, float]] | None:
+    """What the trainer calls to validate, or None without a validation split."""
+    return partial(task.measure, split="val") if "val" in task.held_out else None

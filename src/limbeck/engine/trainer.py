@@ -1,0 +1,604 @@
+"""Turns the crank of any `Method`: stages, precision, accumulation, devices, evaluation, checkpoints, trackers, exact resume."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from limbeck.engine.batches import StepSampler, check_trainable, collate_pairs, training_loader
+from limbeck.engine.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    flatten,
+    restore_rng,
+    rng_state,
+    save_tensors,
+    unflatten,
+    write_atomically,
+)
+from limbeck.engine.config import StageConfig, TrainConfig
+from limbeck.engine.diagnosis import shares
+from limbeck.engine.progress import Progress
+from limbeck.errors import BadInput, NonFiniteLoss
+from limbeck.methods.base import Batch, Losses, Method, Stage
+from limbeck.naming import nearest
+
+Evaluate = Callable[[Method, Accelerator], dict[str, float]]
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage with every number resolved. batch_size: over all processes; steps: optimiser steps."""
+
+    name: str
+    trainable: tuple[str, ...]
+    weights: Mapping[str, float]
+    dataset: Any
+    batch_size: int
+    steps: int
+    lr: float
+    evaluate_every: int
+
+
+@dataclass
+class Position:
+    """Where a run stands: ``step`` counts all stages, ``in_stage`` the current one."""
+
+    stage: int = 0
+    in_stage: int = 0
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+
+
+class Trainer:
+    """Trains one method into one run folder.
+
+    data: a map-style dataset, or a mapping from stage name to one. evaluate: called with the method in eval mode (and the accelerator),
+    returns metrics on *validation* data; it chooses the checkpoint that becomes the student. out: the run folder.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: Any,
+        config: TrainConfig,
+        out: str | Path,
+        *,
+        collate: Callable[[list[Any]], Batch] = collate_pairs,
+        evaluate: Evaluate | None = None,
+        quiet: bool = False,
+    ) -> None:
+        AcceleratorState._reset_state()  # several runs in one process may differ in precision
+        self.accelerator = Accelerator(
+            mixed_precision=PRECISION[config.precision],
+            log_with=list(config.trackers) or None,
+            project_dir=str(out),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.method, self.config, self.out = method, config, Path(out)
+        self.collate, self.evaluate = collate, evaluate
+        self.checkpoints = Checkpoints(self.out / "checkpoints")
+        self.progress = Progress(quiet=quiet or not self.accelerator.is_main_process)
+        self.plan = self._plan(data)
+        self.position = Position()
+        self.ema: torch.optim.swa_utils.AveragedModel | None = None
+
+    # -- before the first step -------------------------------------------------------------------------------------------------------
+
+    def _plan(self, data: Any) -> list[PlannedStage]:
+        config, world = self.config, self.accelerator.num_processes
+        planned = []
+        for stage, given in match_stages(self.method.stages(), config.stages):
+            dataset = data.get(stage.name, data.get("train")) if isinstance(data, Mapping) else data
+            batch_size = check_trainable(dataset, given.batch_size or config.batch_size)
+            if batch_size % world:
+                raise BadInput(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
+            per_epoch = len(dataset) // batch_size
+            epochs, steps = (given.epochs, given.steps) if given.epochs or given.steps else (config.epochs, config.steps)
+            steps = steps or max(1, round((epochs or config.epochs) * per_epoch))
+            every = per_epoch if config.evaluate_every is None else config.evaluate_every
+            planned.append(
+                PlannedStage(stage.name, stage.trainable, stage.weights, dataset, batch_size, steps, given.lr or config.lr, every)
+            )
+        return planned
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps over all stages."""
+        return sum(stage.steps for stage in self.plan)
+
+    def setup(self) -> None:
+        """Place everything, look at one batch, and let the method check it. Raises before anything is trained or written."""
+        torch.manual_seed(self.config.seed)
+        device = self.accelerator.device
+        self.method.to(device)
+        for teacher in self.method.teachers():
+            teacher.to(device)
+        if self.config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.method.student)
+        first = self.plan[0]
+        items = [first.dataset[index] for index in range(min(2, len(first.dataset)))]
+        batch = send_to_device(self.collate(items), device)
+        with torch.no_grad(), self.accelerator.autocast():
+            self.method.eval()
+            self.method.prepare(batch)
+        self.method.to(device)
+        if self.config.ema is not None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
+            self.ema = torch.optim.swa_utils.AveragedModel(self.method.student, multi_avg_fn=average, use_buffers=True)
+
+    # -- the crank -------------------------------------------------------------------------------------------------------------------
+
+    def fit(self, *, resume: bool = False) -> dict[str, float]:
+        """Train every stage after `setup`; returns the validation metrics of the student that was kept.
+
+        resume: go on from the newest checkpoint.
+        """
+        torch.manual_seed(self.config.seed + self.accelerator.process_index)
+        checkpoint = self.checkpoints.latest(self.progress.warn) if resume else None
+        if checkpoint is not None:
+            self._restore_method(checkpoint)
+        elif resume:
+            self.progress.warn("no checkpoint was written yet: starting from the beginning")
+        if self.accelerator.is_main_process:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            self._trim_metrics()
+        self.accelerator.init_trackers("limbeck", {}) if self.config.trackers else None
+        with self.progress.bar(self.total_steps, self.position.step):
+            for index in range(self.position.stage, len(self.plan)):
+                self._stage(index, checkpoint)
+                checkpoint = None
+        self._keep_best()
+        metrics = self.measured(self.evaluate) if self.evaluate else {}
+        self.accelerator.end_training()
+        return metrics
+
+    def _stage(self, index: int, checkpoint: Checkpoint | None) -> None:
+        stage, config, accelerator = self.plan[index], self.config, self.accelerator
+        base_weights = dict(self.method.weights)
+        self.method.weights = {**base_weights, **stage.weights}
+        frozen = choose_trainable(self.method, stage)
+        optimizer = build_optimizer(self.method, config, stage.lr)
+        model, optimizer = accelerator.prepare(self.method, optimizer)
+        if checkpoint is not None:
+            self._restore_stage(checkpoint, model, optimizer)
+        micro = config.micro_batch_size or stage.batch_size // accelerator.num_processes
+        if stage.batch_size % (micro * accelerator.num_processes):
+            raise BadInput(
+                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro} x {accelerator.num_processes} processes"
+            )
+        pieces = stage.batch_size // (micro * accelerator.num_processes)
+        sampler = StepSampler(
+            len(stage.dataset), stage.batch_size, micro, seed=config.seed, rank=accelerator.process_index,
+            world=accelerator.num_processes, start=self.position.in_stage, stop=stage.steps,
+        )  # fmt: skip
+        batches = iter(training_loader(stage.dataset, self.collate, sampler, seed=config.seed, workers=config.workers))
+        journal = Journal(self, stage)
+        model.train()
+        while self.position.in_stage < stage.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr * schedule(config, self.position.in_stage, stage.steps)
+            batch, terms = self._step(model, optimizer, [next(batches) for _ in range(pieces)])
+            self.position.in_stage += 1
+            self.position.step += 1
+            self.method.after_step(self.position.step)
+            if self.ema is not None:
+                self.ema.update_parameters(self.method.student)
+            journal.add(batch, terms, optimizer.param_groups[0]["lr"])
+            last = self.position.in_stage == stage.steps
+            evaluate_now = self.evaluate and stage.evaluate_every and (self.position.in_stage % stage.evaluate_every == 0 or last)
+            if config.diagnose_every and self.position.step % config.diagnose_every == 0:
+                journal.diagnose(batch[-1])
+            if evaluate_now:
+                journal.flush()
+                self._evaluate(stage)
+                model.train()
+            if evaluate_now or last or (config.checkpoint_every and self.position.step % config.checkpoint_every == 0):
+                journal.flush()
+                self._save(model, optimizer)
+        self.method.weights = base_weights
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        self._unwrap()
+        self.position.stage, self.position.in_stage = index + 1, 0
+
+    def _step(self, model: nn.Module, optimizer: Any, micro: list[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
+        """One optimiser step over this process's micro-batches; returns them and the mean of each weighted term over all processes."""
+        accelerator = self.accelerator
+        counts = torch.tensor([float(self.method.units(batch)) for batch in micro])
+        total = counts.sum()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total.to(accelerator.device)).cpu()
+        shares_of_batch = counts / total.clamp_min(1)
+        sums: dict[str, Tensor] = {}
+        batches = []
+        for index, batch in enumerate(micro):
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            share = shares_of_batch[index].item()
+            with synchronised(accelerator, model, index == len(micro) - 1):
+                losses = Losses(model(batch))
+                # DDP averages gradients over processes; the share is of the global batch.
+                accelerator.backward(losses.total * (share * accelerator.num_processes))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() * share
+            batches.append(batch)
+        if self.config.clip is not None:
+            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if accelerator.num_processes > 1:
+            sums = {name: accelerator.reduce(value) for name, value in sums.items()}
+        return batches, sums
+
+    # -- evaluation ------------------------------------------------------------------------------------------------------------------
+
+    def measured(self, measure: Evaluate) -> dict[str, float]:
+        """Call ``measure`` on the student as it would be shipped: eval mode, averaged weights, the run's precision, no gradient."""
+        was_training = self.method.training
+        self.method.eval()
+        with self._averaged(), torch.no_grad(), self.accelerator.autocast():
+            metrics = measure(self.method, self.accelerator)
+        self.method.train(was_training)
+        return metrics
+
+    def _evaluate(self, stage: PlannedStage) -> None:
+        assert self.evaluate is not None
+        metrics = self.measured(self.evaluate)
+        select, position = self.config.select, self.position
+        if select.metric not in metrics:
+            raise BadInput(f"train.select.metric {select.metric!r} is not measured; {nearest(select.metric, metrics)}")
+        value = metrics[select.metric]
+        better = position.best_value is None or (
+            value > position.best_value if select.mode == "max" else value < position.best_value
+        )
+        if better:
+            position.best_step, position.best_value = position.step, value
+        self._write({"step": position.step, "stage": stage.name, "validation": metrics})
+        self.progress.note(f"step {position.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in brief(metrics).items()))
+
+    @contextmanager
+    def _averaged(self) -> Any:
+        """The student with its averaged weights, where an EMA is kept."""
+        if self.ema is None:
+            yield
+            return
+        student = self.method.student
+        own = {name: value.clone() for name, value in student.state_dict().items()}
+        student.load_state_dict(self.ema.module.state_dict())
+        try:
+            yield
+        finally:
+            student.load_state_dict(own)
+
+    def _keep_best(self) -> None:
+        """Leave the method with the weights that validation chose (the last ones where nothing was validated), averaged if asked."""
+        best = self.position.best_step
+        if best is not None and best != self.position.step:
+            self._load_method_state(self.checkpoints.of_step(best))
+        if self.ema is not None:
+            self.method.student.load_state_dict(self.ema.module.state_dict())
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+    def _save(self, model: nn.Module, optimizer: Any) -> None:
+        accelerator, step = self.accelerator, self.position.step
+        weights: dict[str, Any] = get_model_state_dict(self.method if not is_sharded(model) else model, options=FULL)
+        states = optimizer_state(model, optimizer.optimizer)
+        staged = self.checkpoints.staging(step)
+        if accelerator.is_main_process:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        save_tensors(rng_state(), staged / f"rng-{accelerator.process_index}.safetensors")
+        if accelerator.is_main_process:
+            tensors, tree = flatten(states)
+            tied = {
+                "method": save_tensors(weights, staged / "method.safetensors"),
+                "optimizer": save_tensors(tensors, staged / "optimizer.safetensors"),
+            }
+            if self.ema is not None:
+                tied["ema"] = save_tensors(self.ema.state_dict(), staged / "ema.safetensors")
+            state = {
+                "position": vars(self.position),
+                "world": accelerator.num_processes,
+                "weights": dict(self.method.weights),
+                "optimizer": tree,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                "tied": tied,
+            }
+            (staged / "state.json").write_text(json.dumps(state))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.checkpoints.commit(step)
+            self.checkpoints.prune(self.config.keep, self.position.best_step)
+        accelerator.wait_for_everyone()
+
+    def _load_method_state(self, checkpoint: Checkpoint) -> None:
+        try:
+            set_model_state_dict(self.method, dict(checkpoint.tensors("method")), options=StateDictOptions(strict=True))
+        except RuntimeError as error:
+            raise BadInput(
+                f"{checkpoint.path} does not fit this recipe's models: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.tensors("ema"))
+
+    def _restore_method(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state()
+        if state["world"] != self.accelerator.num_processes:
+            self.progress.warn(
+                f"written by {state['world']} processes, resumed by {self.accelerator.num_processes}: the data order is the same, "
+                "random numbers (dropout) are not"
+            )
+        self._load_method_state(checkpoint)
+        self.position = Position(**state["position"])
+        if self.accelerator.is_main_process:
+            self.checkpoints.discard_after(checkpoint.step)
+        stage = self.plan[self.position.stage]
+        if self.position.in_stage >= stage.steps:
+            self.position = replace(self.position, stage=self.position.stage + 1, in_stage=0)
+        self.progress.note(f"resuming at step {self.position.step}")
+
+    def _restore_stage(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Any) -> None:
+        state = checkpoint.state()
+        if self.position.in_stage > 0:  # else the checkpoint closed the stage before: this one starts with a new optimiser
+            self.method.weights = state["weights"]
+            states = unflatten(checkpoint.tensors("optimizer"), state["optimizer"])
+            load_optimizer_state(model, optimizer.optimizer, states)
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        mine = f"rng-{self.accelerator.process_index}"
+        restore_rng(checkpoint.tensors(mine if (checkpoint.path / f"{mine}.safetensors").exists() else "rng-0"))
+
+    def _unwrap(self) -> None:
+        """Leave a stage: the method bare again, nothing of the optimiser kept by accelerate."""
+        self.accelerator.unwrap_model(self.method, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    # -- the record ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line: training terms every ``log_every`` steps, validation metrics when evaluated."""
+        return self.out / "metrics.jsonl"
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.config.trackers:
+            numbers = {key: value for key, value in flat(row) if isinstance(value, int | float) and key != "step"}
+            self.accelerator.log(numbers, step=row["step"])
+
+    def _trim_metrics(self) -> None:
+        """Drop rows that a crash left behind the checkpoint: they are written again."""
+        if not self.metrics_file.exists():
+            return
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that the crash cut
+            if row["step"] <= self.position.step:
+                rows.append(line)
+        write_atomically(self.metrics_file, "".join(f"{line}\n" for line in rows))
+
+
+class Journal:
+    """Collects the terms of the steps of a stage without waiting for the device, and reads them every ``log_every`` steps."""
+
+    def __init__(self, trainer: Trainer, stage: PlannedStage) -> None:
+        self.trainer, self.stage = trainer, stage
+        self.pending: list[tuple[int, list[Batch], dict[str, Tensor]]] = []
+        self.every = 1 if trainer.accelerator.device.type == "cpu" else trainer.config.log_every
+        self.rows: list[dict[str, float]] = []
+        self.samples, self.since, self.lr = 0, time.perf_counter(), 0.0
+        self.remarked: set[str] = set()
+
+    def add(self, batches: list[Batch], terms: dict[str, Tensor], lr: float) -> None:
+        self.pending.append((self.trainer.position.step, batches, terms))
+        self.samples += self.stage.batch_size
+        self.lr = lr
+        if len(self.pending) >= self.every:
+            self._read()
+        if self.trainer.position.step % self.trainer.config.log_every == 0:
+            self.flush()
+
+    def _read(self) -> None:
+        """Look at the pending terms; the first that is not finite stops the run."""
+        for step, batches, terms in self.pending:
+            values = {name: value.item() for name, value in terms.items()}
+            broken = [name for name, value in values.items() if not math.isfinite(value)]
+            if broken:
+                ids = [str(name) for batch in batches for name in batch["ids"]]
+                last = self.trainer.checkpoints.all()
+                kept = f"the checkpoint of step {last[-1].step} is intact" if last else "no checkpoint was written yet"
+                raise NonFiniteLoss(
+                    f"step {step}: {', '.join(f'{name} is {values[name]}' for name in broken)} "
+                    f"(terms: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}) "
+                    f"on samples {', '.join(ids[:16])}{' ...' if len(ids) > 16 else ''}; {kept}: lower train.lr, or look at those samples"
+                )
+            self.rows.append(values)
+        self.pending.clear()
+
+    def flush(self) -> None:
+        """Write the mean of the terms since the last row."""
+        self._read()
+        if not self.rows:
+            return
+        trainer, elapsed = self.trainer, time.perf_counter() - self.since
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        weighted = {name: sum(row.get(name, 0.0) for row in self.rows) / len(self.rows) for name in names}
+        weights = trainer.method.weights
+        row = {
+            "step": trainer.position.step,
+            "stage": self.stage.name,
+            "lr": self.lr,
+            "loss": sum(weighted.values()),
+            "terms": {
+                name: {
+                    "raw": value / weights[name] if weights.get(name) else value,
+                    "weight": weights.get(name, 1.0),
+                    "weighted": value,
+                }
+                for name, value in weighted.items()
+            },
+            "samples_per_second": self.samples / max(elapsed, 1e-9),
+        }
+        trainer._write(row)
+        trainer.progress.advance(trainer.position.step, weighted, self.samples / max(elapsed, 1e-9))
+        self.rows, self.samples, self.since = [], 0, time.perf_counter()
+
+    def diagnose(self, batch: Batch) -> None:
+        """Measure each term's share of the gradient and its agreement with the others; warn in words."""
+        trainer = self.trainer
+        report, remarks = shares(trainer.method, batch)
+        trainer._write({"step": trainer.position.step, "stage": self.stage.name, "gradient": report})
+        for term, remark in remarks.items():
+            if term not in self.remarked:
+                self.remarked.add(term)
+                trainer.progress.warn(remark)
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------------------------
+
+
+def match_stages(own: Sequence[Stage], given: Sequence[StageConfig]) -> list[tuple[Stage, StageConfig]]:
+    """The method's stages with what the recipe says of them. A recipe that names stages decides which run, in its order; a name that
+    the method knows starts from the method's own trainable parts and weights."""
+    if not given:
+        return [(stage, StageConfig(name=stage.name)) for stage in own]
+    known = {stage.name: stage for stage in own}
+    matched = []
+    for config in given:
+        base = known.get(config.name, Stage(config.name))
+        trainable = config.trainable if config.trainable != ("*",) else base.trainable
+        matched.append((replace(base, trainable=trainable, weights={**base.weights, **config.weights}), config))
+    return matched
+
+
+def choose_trainable(method: Method, stage: PlannedStage) -> list[nn.Parameter]:
+    """Freeze what this stage does not train; returns what was frozen. `BadInput` where a pattern matches nothing."""
+    names = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+    for pattern in stage.trainable:
+        if not fnmatch.filter(names, pattern):
+            raise BadInput(f"stage {stage.name!r}: no trainable parameter matches {pattern!r}; {nearest(pattern, names[:200])}")
+    frozen = []
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad and not any(fnmatch.fnmatch(name, pattern) for pattern in stage.trainable):
+            parameter.requires_grad_(False)
+            frozen.append(parameter)
+    return frozen
+
+
+def build_optimizer(method: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused; no weight decay on vectors (biases, norms)."""
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise BadInput("nothing to train: every parameter of the student is frozen")
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+
+
+def schedule(config: TrainConfig, step: int, steps: int) -> float:
+    """The share of the peak learning rate at step ``step`` (from 0) of a stage: linear warm-up, then the schedule, to 0 at the end."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, steps - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 1.0
+
+
+def enable_gradient_checkpointing(student: nn.Module) -> None:
+    """transformers' own switch; refused for modules without one."""
+    switch = getattr(student, "gradient_checkpointing_enable", None)
+    if switch is None:
+        raise BadInput(
+            f"train.gradient_checkpointing: {type(student).__name__} has no gradient_checkpointing_enable(); leave it off"
+        )
+    switch({"use_reentrant": False})
+
+
+@contextmanager
+def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
+    """Gradients cross processes with the last micro-batch of a step only."""
+    if last:
+        yield
+    else:
+        with accelerator.no_sync(model):
+            yield
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state by parameter name; a parameter that never got gradient has none."""
+    if is_sharded(model):
+        return get_optimizer_state_dict(model, optimizer, options=FULL)
+    names = ordered_names(model, optimizer)
+    return {"state": {names[index]: state for index, state in optimizer.state_dict()["state"].items()}}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, Any]) -> None:
+    """Undo `optimizer_state`; the optimiser's groups stay as they were built."""
+    if is_sharded(model):
+        set_optimizer_state_dict(model, optimizer, states, options=replace(FULL, strict=False))
+        return
+    names = ordered_names(model, optimizer)
+    state = {index: states["state"][name] for index, name in enumerate(names) if name in states["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def ordered_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters' names in the optimiser's order."""
+    names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter is a DTensor (FSDP2)."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def brief(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The headline metrics: those without a part after a slash."""
+    return {name: value for name, value in metrics.items() if "/" not in name}
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """("terms/ce/raw", 0.3) pairs of a nested mapping."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in nested.items():
+        pairs.extend(flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)])
+    return pairs

@@ -1,0 +1,58 @@
+"""Losses on features of one shape; the adapters that bring them to one shape are in ``modules/projectors.py``."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, select, upcast
+
+
+def hint(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    channel_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean squared error between features (FitNets, arXiv 1412.6550, eq. 3, averaged over elements as in current practice).
+
+    student_features, teacher_features: one shape, any float dtype; the arithmetic is float32 (float64 where given). The teacher
+    is detached.
+    channel_dim: the dimension averaged at each position; None takes 1 for maps [B, C, H, W] and the last otherwise.
+    mask: bool, the features' shape without the channels, True where a position counts; an all-False mask gives 0, not NaN.
+    Returns a scalar, or one value a position with reduction="none". Raises ValueError on a shape mismatch.
+    """
+    student, teacher = _positions(student_features, teacher_features, channel_dim, mask)
+    if reduction == "mean" and student.numel():
+        return F.mse_loss(student, teacher)  # the same mean, in one kernel
+    return reduce((student - teacher).square().mean(-1), mask, reduction)
+
+
+def cosine(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    channel_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """One minus the cosine between the channel vectors of each position: 0 where they point one way, 2 where opposite.
+
+    Blind to a positive scale of either side. A zero vector has cosine 0 with everything, and a finite gradient.
+    Arguments, precision and errors as `hint`.
+    """
+    student, teacher = _positions(student_features, teacher_features, channel_dim, mask)
+    return reduce(1 - F.cosine_similarity(student, teacher, dim=-1), mask, reduction)
+
+
+def _positions(student: Tensor, teacher: Tensor, channel_dim: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both features at the positions that count, channels last, in full precision, the teacher detached."""
+    check_same_shape(student, teacher)
+    if channel_dim is None:
+        channel_dim = 1 if student.dim() == 4 else -1
+    if channel_dim != -1:
+        student, teacher = student.movedim(channel_dim, -1), teacher.movedim(channel_dim, -1)
+    check_mask(student, mask)
+    return upcast(select(student, mask)), upcast(select(teacher.detach(), mask))

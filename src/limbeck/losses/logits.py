@@ -1,0 +1,122 @@
+"""Losses on logits: cross-entropy with labels, and divergences from a teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.losses._common import LOG_ZERO, Reduction, check_choice, check_mask, check_same_shape, reduce, select, upcast
+
+Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
+
+IGNORE = -100
+"""The label of a position without supervision, as in PyTorch and transformers."""
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy with integer labels, averaged over the supervised positions.
+
+    logits: [..., V], any float dtype; the arithmetic is float32 (float64 where given).
+    labels: int64 [...], -100 where a position is ignored; over no position at all the loss is 0, not NaN.
+    label_smoothing: the share of the target that is spread evenly over V, in [0, 1].
+    mask: [...] bool, True where a position counts, besides the -100.
+    Returns a scalar, or [...] with reduction="none". Raises ValueError on a shape mismatch.
+    """
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {list(labels.shape)} do not match the positions of logits {list(logits.shape)}")
+    check_mask(logits, mask)
+    if mask is not None:
+        labels = labels.masked_fill(~mask, IGNORE)
+    values = F.cross_entropy(
+        upcast(logits).reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        label_smoothing=label_smoothing,
+        ignore_index=IGNORE,
+        reduction="none" if reduction == "none" else "sum",
+    )
+    if reduction == "none":
+        return values.view(labels.shape)
+    return values / (labels != IGNORE).sum().clamp_min(1) if reduction == "mean" else values
+
+
+def kl_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
+    beta: float = 0.5,
+    scale_by_t2: bool = True,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """A divergence between softmax(z / T) of the teacher, p, and of the student, q.
+
+    student_logits, teacher_logits: [..., V], any float dtype; the arithmetic is float32 (float64 where given). The teacher is
+    detached. An id that is -inf on both sides (vocabulary masked out) contributes 0 and gets no gradient.
+    kind: "forward" is KL(p || q), "reverse" KL(q || p), "jeffreys" their sum, "jsd" the generalised Jensen-Shannon divergence of
+        GKD (arXiv 2306.13649, eq. 1), beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+    beta: for "jsd", in [0, 1]. 0 and 1 mean the forward and the reverse KL, as in TRL: the limits of the divergence divided by
+        beta and by 1 - beta, while the divergence itself would vanish there.
+    scale_by_t2: multiply by T^2, so that the gradient does not shrink with the temperature (Hinton et al., arXiv 1503.02531).
+    mask: [...] bool, True where a position counts; an all-False mask gives 0, not NaN.
+    Returns a scalar, or [...] with reduction="none". Raises ValueError on a shape mismatch or a value out of range.
+    """
+    check_same_shape(student_logits, teacher_logits)
+    check_mask(student_logits, mask)
+    check_choice("kind", kind, ("forward", "reverse", "jeffreys", "jsd"))
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number > 0")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; expected a number from 0 to 1")
+
+    log_q = _log_softmax(select(student_logits, mask), temperature)
+    log_p = _log_softmax(select(teacher_logits.detach(), mask), temperature)
+    if kind == "forward" or (kind == "jsd" and beta == 0):
+        values = _kl(log_p, log_q)
+    elif kind == "reverse" or (kind == "jsd" and beta == 1):
+        values = _kl(log_q, log_p)
+    elif kind == "jeffreys":
+        values = _kl(log_p, log_q) + _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        values = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    loss = reduce(values, mask, reduction)
+    return loss * temperature**2 if scale_by_t2 else loss
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Knowledge distillation (Hinton et al., arXiv 1503.02531): T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
+
+    The forward `kl_divergence` with the temperature that the classification literature uses; arguments and errors as there.
+    """
+    return kl_divergence(student_logits, teacher_logits, temperature=temperature, mask=mask, reduction=reduction)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [..., V]; those of ids at -inf are finite, so that 0 * log 0 is 0 and not NaN."""
+    return (upcast(logits) / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) from log-probabilities. [..., V] -> [...]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

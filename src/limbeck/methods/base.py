@@ -1,0 +1,94 @@
+"""What every method is: an ``nn.Module`` whose ``forward(batch)`` returns named losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.batch import Batch
+from limbeck.teachers.frozen import FrozenTeacher
+
+
+class Losses(dict[str, Tensor]):
+    """Weighted loss terms by name; each a scalar that carries gradient."""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the terms: what is backpropagated."""
+        return torch.stack([value.float() for value in self.values()]).sum()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own trainable parameters and weights of the terms.
+
+    trainable: shell patterns over ``method.named_parameters()`` names; the default trains everything that requires gradient.
+    weights: weights of terms that differ from the method's own during this stage.
+    """
+
+    name: str = "train"
+    trainable: tuple[str, ...] = ("*",)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """A distillation method: owns the student, the teachers and the adapters between them.
+
+    Subclasses name themselves (``name``), declare a dataclass of hyper-parameters (``Config``), set ``student`` (an ``nn.Module``),
+    may set ``teacher`` (a `FrozenTeacher`, which is not a submodule, so that it is in no checkpoint, optimiser or DDP bucket) and
+    ``weights`` (term name -> float), and write ``forward``.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type]
+    needs_teacher: ClassVar[bool] = True
+
+    student: nn.Module
+    teacher: FrozenTeacher | None = None
+    weights: dict[str, float]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {}
+
+    def stages(self) -> Sequence[Stage]:
+        """The stages in order. Default: one stage over everything trainable."""
+        return (Stage(),)
+
+    def prepare(self, batch: Batch) -> None:
+        """Look at one batch before training: check shapes, build adapters. Called once, on the final device, under no_grad.
+
+        Raises `BadInput` where student, teacher and data do not fit.
+        """
+
+    def forward(self, batch: Batch) -> Losses:
+        """The weighted loss terms of one batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(batch) -> Losses")
+
+    def units(self, batch: Batch) -> int:
+        """Over how many things this batch's losses are means (samples, answer tokens): the engine weighs micro-batches and processes
+        by it, so that however a batch is split, its gradient is that of the whole."""
+        return len(batch["ids"])
+
+    def after_step(self, step: int) -> None:
+        """Called after optimiser step number ``step`` (from 1): EMA, queues, memory banks, schedules of weights."""
+
+    def deployable(self) -> nn.Module:
+        """The student alone, adapters dropped."""
+        return self.student
+
+    def teachers(self) -> Iterable[FrozenTeacher]:
+        """Every teacher this method owns: the engine places them on the device."""
+        return () if self.teacher is None else (self.teacher,)
+
+    def weigh(self, **terms: Tensor) -> Losses:
+        """Multiply raw terms by ``self.weights``; a name without a weight counts once."""
+        return Losses({name: value * self.weights.get(name, 1.0) for name, value in terms.items()})
+
+    def needs(self, term: str) -> bool:
+        """Whether a term's weight is not zero: a route whose weight is zero need not run."""
+        return self.weights.get(term, 1.0) != 0

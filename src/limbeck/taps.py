@@ -1,0 +1,234 @@
+"""Read, or replace, what flows through a named submodule of any ``nn.Module``; no model is edited.
+
+    with taps.record(model, {"mid": "layer3", "seen": ("head", "input")}) as seen:
+        model(x)
+    seen["mid"]
+
+A tap is open from the moment it is made until its ``with`` block ends, also by an exception, or until ``close()``; after that
+the module is as it was. It works through nested modules, autocast, ``DistributedDataParallel`` and ``torch.compile`` wrappers:
+names are those of the wrapped module, with or without a leading ``module.``.
+
+Gradient checkpointing runs a region a second time during backward. A recording does not see that second run. A replacement
+inside such a region must see it, or the gradient is that of the unreplaced module: keep the tap open until backward is done, and
+use non-reentrant checkpointing (``use_reentrant=False``, the default of transformers), the only kind that carries gradient to a
+tensor that enters a region by a hook.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import BadInput
+
+Where = Literal["input", "output"]
+
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+class Recording(Mapping[str, Any]):
+    """What flowed through the tapped submodules, by the labels given to `record`; kept after the tap is closed.
+
+    ``seen[label]`` is the value of the last call, ``seen.calls(label)`` those of all calls, oldest first.
+    Tensors are the very ones of the graph; tuples, dicts and model outputs are copied one level deep, so that what the
+    model later writes into them does not show.
+    """
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        self._calls: dict[str, list[Any]] = {label: [] for label in labels}
+        self._taps = ExitStack()
+
+    def calls(self, label: str) -> list[Any]:
+        """The value of every call, oldest first; empty where the submodule did not run."""
+        return self._calls[label]
+
+    def __getitem__(self, label: str) -> Any:
+        calls = self._calls[label]
+        if not calls:
+            raise BadInput(f"the submodule tapped as {label!r} did not run; `limbeck taps` lists those that do")
+        return calls[-1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def close(self) -> None:
+        """Remove the hooks; what was recorded stays."""
+        self._taps.close()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Submodule(NamedTuple):
+    """One line of `describe`: a submodule's name, its class, and the shape of the first tensor it returns (None: no tensor)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+
+
+def record(model: nn.Module, targets: Mapping[str, str | tuple[str, Where]]) -> Recording:
+    """Record submodules' outputs, or inputs, until the returned tap is closed.
+
+    targets: label -> name of a submodule (its output), or (name, "input" | "output"). The input of a submodule is its first
+    positional argument or, where there is none, its first keyword argument that is a tensor.
+    Raises `BadInput` for a name that does not exist, naming the nearest.
+    """
+    places: dict[str, tuple[str, Where]] = {
+        label: (target, "output") if isinstance(target, str) else target for label, target in targets.items()
+    }
+    modules = {label: _find(model, name) for label, (name, _) in places.items()}
+    seen = Recording(targets)
+    for label, (_, where) in places.items():
+        seen._taps.callback(_read(modules[label], where, seen._calls[label].append).remove)
+    return seen
+
+
+def replace(model: nn.Module, values: Mapping[str, Any], *, at: Where = "output") -> ExitStack:
+    """Replace submodules' outputs, or inputs, until the returned tap is closed.
+
+    values: name of a submodule -> the value, or a callable that is given the original and returns the value (None keeps it).
+    at: "output", or "input": the argument that `record` would record. Several taps on a module act in the order they were made.
+    Raises `BadInput` for a name that does not exist, naming the nearest.
+    """
+    modules = {name: _find(model, name) for name in values}
+    taps = ExitStack()
+    for name, value in values.items():
+        taps.callback(_write(modules[name], at, value if callable(value) else _always(value)).remove)
+    return taps
+
+
+def bypass(model: nn.Module, values: Mapping[str, Any]) -> ExitStack:
+    """Do not run submodules at all, until the returned tap is closed: calling one gives the value.
+
+    values: name of a submodule -> the value, or a callable that is given the arguments of the call. Hooks on the submodule
+    still run. Raises `BadInput` for a name that does not exist, naming the nearest.
+    """
+    modules = {name: _find(model, name) for name in values}
+    taps = ExitStack()
+    for name, value in values.items():
+        taps.callback(_stand_in(modules[name], value if callable(value) else _always(value)))
+    return taps
+
+
+def describe(model: nn.Module, run: Callable[[], object]) -> list[Submodule]:
+    """Every submodule that runs during ``run()``, in the order in which they first finish.
+
+    ``run`` calls the model once on some batch. It is called in eval mode and without gradient, so that nothing moves.
+    """
+    found: dict[str, Submodule] = {}
+    training = [module for module in model.modules() if module.training]
+    with ExitStack() as taps, torch.no_grad():
+        for name, module in model.named_modules():
+            if name:
+                note = _note(found, name, type(module).__name__)
+                taps.callback(module.register_forward_hook(note).remove)
+        model.eval()
+        try:
+            run()
+        finally:
+            for module in training:
+                module.training = True
+    return list(found.values())
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    inner = model
+    while isinstance(inner, WRAPPERS) or hasattr(inner, "_orig_mod"):  # torch.compile's wrapper; its class is slow to import
+        (inner,) = inner.children()
+    modules = dict(inner.named_modules(remove_duplicate=False))
+    for candidate in (name, name.removeprefix("module.")):
+        if candidate in modules:
+            return modules[candidate]
+    near = difflib.get_close_matches(name, modules, n=3) or [child for child, _ in inner.named_children()]
+    raise BadInput(f"{type(inner).__name__} has no submodule {name!r}; nearest: {', '.join(near)}")
+
+
+def _read(module: nn.Module, where: Where, keep: Callable[[Any], None]) -> torch.utils.hooks.RemovableHandle:
+    def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not _in_backward():
+            keep(_snapshot(output))
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _in_backward():
+            keep(_snapshot(args[0] if args else kwargs[_tensor_keyword(module, kwargs)]))
+
+    if where == "input":
+        return module.register_forward_pre_hook(keep_input, with_kwargs=True)
+    return module.register_forward_hook(keep_output)
+
+
+def _write(module: nn.Module, at: Where, change: Callable[[Any], Any]) -> torch.utils.hooks.RemovableHandle:
+    def change_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return change(output)
+
+    def change_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        keyword = None if args else _tensor_keyword(module, kwargs)
+        value = change(args[0] if keyword is None else kwargs[keyword])
+        if value is None:
+            return None
+        return ((value, *args[1:]), kwargs) if keyword is None else (args, {**kwargs, keyword: value})
+
+    if at == "input":
+        return module.register_forward_pre_hook(change_input, with_kwargs=True)
+    return module.register_forward_hook(change_output)
+
+
+def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``forward`` stand in for the module's own; returns what undoes it. No hook can skip a forward, an attribute can."""
+    before = vars(module).get("forward")
+
+    def undo() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    module.forward = forward
+    return undo
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: value
+
+
+def _note(found: dict[str, Submodule], name: str, kind: str) -> Callable[[nn.Module, Any, Any], None]:
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.setdefault(name, Submodule(name, kind, _shape(output)))
+
+    return note
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((shape for part in parts if (shape := _shape(part)) is not None), None)
+
+
+def _snapshot(value: Any) -> Any:
+    return value if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _tensor_keyword(module: nn.Module, kwargs: dict[str, Any]) -> str:
+    keyword = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+    if keyword is None:
+        raise BadInput(f"{type(module).__name__} was called without any positional argument or tensor: there is no input to tap")
+    return keyword
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running backward: a forward that happens now is a recomputation (as torch's ModuleTracker tells)."""
+    return torch._C._current_graph_task_id() != -1

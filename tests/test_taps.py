@@ -1,0 +1,244 @@
+"""Taps on small modules: what is read, what is replaced, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from limbeck import taps
+from limbeck.errors import BadInput
+
+
+class Net(nn.Module):
+    """stem -> shared (twice) -> tail.last, by keyword; ``shared`` may be checkpointed."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 4)
+        self.shared = nn.Linear(4, 4)
+        self.tail = nn.ModuleDict({"last": nn.Linear(4, 2)})
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        for _ in range(2):
+            x = (checkpoint(self.shared, x, use_reentrant=False) if self.checkpointed else self.shared(x)).tanh()
+        return self.tail["last"](input=x)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+
+def hooks(model: nn.Module) -> int:
+    """How many hooks and shadowed forwards a model holds."""
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module)) for module in model.modules()
+    )
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    return [parameter.grad for parameter in model.parameters()]
+
+
+class TestRecord:
+    def test_outputs_inputs_and_every_call(self, x: Tensor) -> None:
+        net = Net()
+        with taps.record(
+            net, {"stem": "stem", "fed": ("shared", "input"), "shared": "shared", "end": ("tail.last", "input")}
+        ) as seen:
+            out = net(x)
+        first = net.shared(net.stem(x).tanh())
+        assert torch.equal(seen["stem"], net.stem(x))
+        assert torch.equal(torch.stack(seen.calls("shared")), torch.stack([first, net.shared(first.tanh())]))
+        assert torch.equal(seen["shared"], seen.calls("shared")[-1])
+        assert torch.equal(seen.calls("fed")[1], first.tanh())
+        assert torch.equal(net.tail["last"](seen["end"]), out)  # passed by keyword
+        assert list(seen) == ["stem", "fed", "shared", "end"]
+
+    def test_keeps_the_graph(self, x: Tensor) -> None:
+        net = Net()
+        with taps.record(net, {"stem": "stem"}) as seen:
+            net(x)
+        seen["stem"].sum().backward()
+        assert net.stem.weight.grad is not None
+        assert net.shared.weight.grad is None
+
+    def test_a_submodule_that_did_not_run_says_so(self) -> None:
+        with taps.record(Net(), {"mid": "shared"}) as seen:
+            pass
+        assert seen.calls("mid") == []
+        with pytest.raises(BadInput, match="'mid' did not run"):
+            seen["mid"]
+
+    def test_later_writes_of_the_model_into_a_container_do_not_show(self) -> None:
+        class Inner(nn.Module):
+            def forward(self) -> dict[str, int]:
+                return {"value": 1}
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Inner()
+
+            def forward(self) -> dict[str, int]:
+                result = self.inner()
+                result["value"] = 2
+                return result
+
+        outer = Outer()
+        with taps.record(outer, {"inner": "inner"}) as seen:
+            assert outer() == {"value": 2}
+        assert seen["inner"] == {"value": 1}
+
+    def test_recomputation_is_not_a_call_and_the_gradient_is_that_of_the_plain_net(self, x: Tensor) -> None:
+        results = []
+        for checkpointed in (False, True):
+            net = Net(checkpointed)
+            seen = taps.record(net, {"shared": "shared"})
+            (net(x).sum() + seen["shared"].pow(2).sum()).backward()
+            seen.close()
+            assert len(seen.calls("shared")) == 2
+            results.append(gradients(net))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+    def test_autocast_shows_what_flows(self, x: Tensor) -> None:
+        net = Net()
+        with torch.autocast("cpu", dtype=torch.bfloat16), taps.record(net, {"stem": "stem"}) as seen:
+            net(x)
+        assert seen["stem"].dtype == torch.bfloat16
+
+
+class TestReplace:
+    @pytest.mark.parametrize("name", ["stem", "tail.last"])  # called with a positional, with a keyword argument
+    def test_input_by_value_and_by_callable(self, x: Tensor, name: str) -> None:
+        net, other = Net(), torch.randn(3, 4)
+        with taps.replace(net, {name: other}, at="input"), taps.record(net, {"out": name, "in": (name, "input")}) as seen:
+            net(x)
+        assert seen["in"] is other
+        assert torch.equal(seen["out"], net.get_submodule(name)(other))
+        with taps.replace(net, {name: lambda own: 2 * own}, at="input"), taps.record(net, {"in": (name, "input")}) as doubled:
+            net(x)
+        with taps.record(net, {"in": (name, "input")}) as plain:
+            net(x)
+        assert torch.equal(doubled["in"], 2 * plain["in"])
+
+    def test_output_carries_gradient_to_the_value_and_not_to_what_it_replaces(self, x: Tensor) -> None:
+        net, value = Net(), torch.randn(3, 4, requires_grad=True)
+        with taps.replace(net, {"stem": value}):
+            net(x).sum().backward()
+        assert value.grad is not None
+        assert net.stem.weight.grad is None
+
+    def test_a_callable_that_returns_none_keeps_the_original(self, x: Tensor) -> None:
+        net = Net()
+        plain = net(x)
+        for at in ("input", "output"):
+            with taps.replace(net, {"stem": lambda own: None}, at=at):
+                assert torch.equal(net(x), plain)
+
+    def test_gradient_through_a_checkpointed_region_while_open(self, x: Tensor) -> None:
+        """Within the region: the recomputation must see the replacement too."""
+
+        class Block(nn.Module):
+            def __init__(self, checkpointed: bool) -> None:
+                super().__init__()
+                self.net, self.checkpointed = Net(), checkpointed
+
+            def forward(self, x: Tensor) -> Tensor:
+                return checkpoint(self.net, x, use_reentrant=False) if self.checkpointed else self.net(x)
+
+        results = []
+        for checkpointed in (False, True):
+            block = Block(checkpointed)
+            scale = torch.tensor(3.0, requires_grad=True)
+            tap = taps.replace(block, {"net.stem": lambda own, scale=scale: scale * own})
+            block(x).sum().backward()
+            tap.close()
+            results.append([scale.grad, *gradients(block)])
+            assert hooks(block) == 0
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+class TestBypass:
+    def test_the_forward_does_not_run(self, x: Tensor) -> None:
+        net, value = Net(), torch.randn(3, 4)
+
+        def boom(*_: object) -> None:
+            raise AssertionError("ran")
+
+        net.stem.forward = boom
+        with taps.bypass(net, {"stem": value}), taps.record(net, {"stem": "stem"}) as seen:
+            net(x)
+        assert seen["stem"] is value
+        assert net.stem.forward is boom  # a forward that stood there before is put back
+
+    def test_a_callable_gets_the_arguments(self, x: Tensor) -> None:
+        net = Net()
+        with taps.bypass(net, {"tail.last": lambda input: input}), taps.record(net, {"in": ("tail.last", "input")}) as seen:
+            assert torch.equal(net(x), seen["in"])
+
+
+class TestHygiene:
+    @pytest.mark.parametrize("open_tap", [taps.replace, taps.bypass])
+    def test_nothing_stays_on_exit_or_exception(self, open_tap, x: Tensor) -> None:
+        net = Net()
+        plain = net(x)
+        with open_tap(net, {"stem": torch.zeros(3, 4)}), taps.record(net, {"a": "stem", "b": ("shared", "input")}):
+            assert not torch.equal(net(x), plain)
+        assert hooks(net) == 0
+        with pytest.raises(RuntimeError), open_tap(net, {"stem": torch.zeros(3, 9)}), taps.record(net, {"a": "stem"}):
+            net(x)
+        assert hooks(net) == 0
+        assert torch.equal(net(x), plain)
+
+    @pytest.mark.parametrize("open_tap", [taps.record, taps.replace, taps.bypass])
+    def test_an_unknown_name_names_the_nearest_and_hooks_nothing(self, open_tap) -> None:
+        net = Net()
+        with pytest.raises(BadInput, match=r"Net has no submodule 'sharde'; nearest: shared"):
+            open_tap(net, {"stem": "stem", "sharde": "sharde"})
+        with pytest.raises(BadInput, match=r"nearest: stem, shared, tail"):
+            open_tap(net, {"zzz": "zzz"})
+        assert hooks(net) == 0
+
+    def test_ddp_with_and_without_the_leading_module(self, x: Tensor, tmp_path) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            net = Net()
+            plain = net(x)
+            parallel = nn.parallel.DistributedDataParallel(net)
+            with taps.record(parallel, {"short": "stem", "long": "module.stem"}) as seen:
+                parallel(x).sum().backward()
+            assert torch.equal(seen["short"], net.stem(x))
+            assert torch.equal(seen["long"], seen["short"])
+            for name in ("stem", "module.stem"):
+                with taps.replace(parallel, {name: net.stem(x) + 1}):
+                    assert not torch.equal(parallel(x), plain)
+            with pytest.raises(BadInput, match=r"Net has no submodule .module\.stemm.; nearest: stem"):
+                taps.record(parallel, {"a": "module.stemm"})
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_a_compile_wrapper_is_looked_through(self, x: Tensor) -> None:
+        net = Net()
+        compiled = torch.compile(net, backend="eager")
+        with taps.record(compiled, {"stem": "stem"}) as seen:
+            compiled(x)
+        torch.testing.assert_close(seen["stem"], net.stem(x))
+
+
+def test_describe_lists_what_runs_and_moves_nothing(x: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.LSTM(6, 5, batch_first=True))
+    net.add_module("idle", nn.Identity())
+    net.forward = lambda value: net[2](net[1](net[0](value))[:, None])
+    before = net[1].running_mean.clone()
+    lines = taps.describe(net, lambda: net(x))
+    assert lines == [("0", "Linear", (3, 6)), ("1", "BatchNorm1d", (3, 6)), ("2", "LSTM", (3, 1, 5))]
+    assert torch.equal(net[1].running_mean, before)
+    assert net.training
+    assert net[1].training
+    assert sum(len(module._forward_hooks) for module in net.modules()) == 0

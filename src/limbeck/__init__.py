@@ -36,7 +36,32 @@ _HOMES = {
     "LimbeckError": "limbeck.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CE",
+    "KD",
+    "VLM",
+    "BadInput",
+    "Batch",
+    "Cosine",
+    "FrozenTeacher",
+    "Hint",
+    "LimbeckError",
+    "Losses",
+    "Method",
+    "Run",
+    "Stage",
+    "__version__",
+    "bench",
+    "compose",
+    "create",
+    "distill",
+    "evaluate",
+    "list_methods",
+    "load_recipe",
+    "load_vlm",
+    "resume",
+    "run",
+]
 
 if TYPE_CHECKING:
     from limbeck.api import create, list_methods

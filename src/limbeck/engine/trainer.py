@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from limbeck.engine.batches import StepSampler, check_trainable, collate_pairs, training_loader
 from limbeck.engine.checkpoint import (
@@ -46,6 +49,7 @@ from limbeck.naming import nearest
 
 Evaluate = Callable[[Method, Accelerator], dict[str, float]]
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ON_EVERY_PROCESS = StateDictOptions(full_state_dict=True)
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -92,13 +96,14 @@ class Trainer:
         evaluate: Evaluate | None = None,
         quiet: bool = False,
     ) -> None:
-        AcceleratorState._reset_state()  # several runs in one process may differ in precision
+        forget_accelerator()
         self.accelerator = Accelerator(
             mixed_precision=PRECISION[config.precision],
             log_with=list(config.trackers) or None,
             project_dir=str(out),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        check_launch(self.accelerator, config)
         self.method, self.config, self.out = method, config, Path(out)
         self.collate, self.evaluate = collate, evaluate
         self.checkpoints = Checkpoints(self.out / "checkpoints")
@@ -174,11 +179,14 @@ class Trainer:
                 checkpoint = None
         self._keep_best()
         metrics = self.measured(self.evaluate) if self.evaluate else {}
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # Accelerator.end_training would also end the process group, which is needed yet
+            tracker.finish()
         return metrics
 
     def _stage(self, index: int, checkpoint: Checkpoint | None) -> None:
-        stage, config, accelerator = self.plan[index], self.config, self.accelerator
+        stage, config, accelerator, bare = self.plan[index], self.config, self.accelerator, self.method
+        if accelerator.is_fsdp2:
+            self.method = replica(bare)
         base_weights = dict(self.method.weights)
         self.method.weights = {**base_weights, **stage.weights}
         frozen = choose_trainable(self.method, stage)
@@ -224,6 +232,9 @@ class Trainer:
         for parameter in frozen:
             parameter.requires_grad_(True)
         self._unwrap()
+        if accelerator.is_fsdp2:
+            bare.load_state_dict(get_model_state_dict(self.method, options=ON_EVERY_PROCESS))
+            self.method = bare.to(accelerator.device)
         self.position.stage, self.position.in_stage = index + 1, 0
 
     def _step(self, model: nn.Module, optimizer: Any, micro: list[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
@@ -260,7 +271,7 @@ class Trainer:
         """Call ``measure`` on the student as it would be shipped: eval mode, averaged weights, the run's precision, no gradient."""
         was_training = self.method.training
         self.method.eval()
-        with self._averaged(), torch.no_grad(), self.accelerator.autocast():
+        with self._averaged(), gathered(self.method), torch.no_grad(), self.accelerator.autocast():
             metrics = measure(self.method, self.accelerator)
         self.method.train(was_training)
         return metrics
@@ -589,6 +600,51 @@ def ordered_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[st
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter is a DTensor (FSDP2)."""
     return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def forget_accelerator() -> None:
+    """Let the next `Accelerator` of this process have another precision. What accelerate turned into FSDP it only finds again as the
+    plain multi-device launch that it was."""
+    AcceleratorState._reset_state()
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
+    """`BadInput` where the processes do not know of each other, or where what is asked for cannot be sharded."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched != accelerator.num_processes:
+        raise BadInput(
+            f"{launched} processes were launched, and each would train alone: without a GPU, launch with ACCELERATE_USE_CPU=true "
+            "(docs/scale.md)"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise BadInput("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config (configs/accelerate)")
+    for key, given in (("ema", config.ema), ("diagnose_every", config.diagnose_every)):
+        if accelerator.is_fsdp2 and given:
+            raise BadInput(f"train.{key} does not work on sharded weights (FSDP2): leave it out, or launch with DDP")
+
+
+def replica(method: Method) -> Method:
+    """A copy to shard, which shares the teachers; the method itself waits in host memory. Sharding by FSDP2 cannot be undone."""
+    shared = {id(module): module for teacher in method.teachers() for module in teacher.module.modules()}
+    return copy.deepcopy(method.to("cpu"), memo=dict(shared))
+
+
+@contextmanager
+def gathered(method: nn.Module) -> Any:
+    """Inside, sharded weights are whole on every process and no forward is a collective, so that processes may see different numbers
+    of batches; what is not sharded stays as it is."""
+    units = [module for module in method.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not method, recurse=False)
+            unit.reshard()
 
 
 def brief(metrics: Mapping[str, float]) -> dict[str, float]:

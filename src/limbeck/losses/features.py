@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, select, upcast
+from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, upcast
 
 
 def hint(
@@ -24,10 +24,10 @@ def hint(
     mask: bool, the features' shape without the channels, True where a position counts; an all-False mask gives 0, not NaN.
     Returns a scalar, or one value a position with reduction="none". Raises ValueError on a shape mismatch.
     """
-    student, teacher = _positions(student_features, teacher_features, channel_dim, mask)
+    student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
     if reduction == "mean" and student.numel():
         return F.mse_loss(student, teacher)  # the same mean, in one kernel
-    return reduce((student - teacher).square().mean(-1), mask, reduction)
+    return reduce((student - teacher).square().mean(dim), mask, reduction)
 
 
 def cosine(
@@ -43,16 +43,20 @@ def cosine(
     Blind to a positive scale of either side. A zero vector has cosine 0 with everything, and a finite gradient.
     Arguments, precision and errors as `hint`.
     """
-    student, teacher = _positions(student_features, teacher_features, channel_dim, mask)
-    return reduce(1 - F.cosine_similarity(student, teacher, dim=-1), mask, reduction)
+    student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
+    return reduce(1 - F.cosine_similarity(student, teacher, dim=dim), mask, reduction)
 
 
-def _positions(student: Tensor, teacher: Tensor, channel_dim: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both features at the positions that count, channels last, in full precision, the teacher detached."""
+def _positions(student: Tensor, teacher: Tensor, channel_dim: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Both features in full precision, the teacher detached, and their channel dimension; under a mask [M, C], what it keeps.
+
+    Without a mask the layout stays: a transposed gradient would slow down the convolutions before it.
+    """
     check_same_shape(student, teacher)
-    if channel_dim is None:
-        channel_dim = 1 if student.dim() == 4 else -1
-    if channel_dim != -1:
-        student, teacher = student.movedim(channel_dim, -1), teacher.movedim(channel_dim, -1)
+    student, teacher = upcast(student), upcast(teacher.detach())
+    dim = channel_dim if channel_dim is not None else 1 if student.dim() == 4 else -1
+    if mask is None:
+        return student, teacher, dim
+    student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     check_mask(student, mask)
-    return upcast(select(student, mask)), upcast(select(teacher.detach(), mask))
+    return student[mask], teacher[mask], -1

@@ -215,7 +215,7 @@ class VLM:
         rows = hidden.reshape(1, -1, hidden.shape[-1])  # [1, N, D]
         with taps.bypass(self.model, {"model": _Decoded(rows)}):
             logits = self.model(use_cache=False).logits
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     @torch.no_grad()
     def head_spec(self) -> Head:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from limbeck.batch import supervised, teacher_side
+from limbeck.errors import BadInput
 from limbeck.losses.bild import dbild
 from limbeck.losses.logits import cross_entropy
 from limbeck.methods.base import Batch, Losses, Stage
@@ -126,8 +127,13 @@ class SwitchKD(VLMMethod):
             teacher = self.teacher_route(batch)
         if self.needs("align"):
             terms["align"] = self.difference(student.logits, teacher.logits)
-        if self.needs("switch") and student.reading.visual is not None:
-            switch = self.switch_logits(batch, student.reading.visual, teacher.reading.replay)
+        if self.needs("switch") and (visual := student.reading.visual) is not None:
+            if not any(level.requires_grad for level in visual):
+                raise BadInput(
+                    "the switch term trains the student's vision, whose output carries no gradient here: "
+                    "train model.vision in this stage, call forward with gradient enabled, or set method.switch: 0"
+                )
+            switch = self.switch_logits(batch, visual, teacher.reading.replay)
             terms["switch"] = self.difference(switch, teacher.logits)
         return self.weigh(**terms)
 

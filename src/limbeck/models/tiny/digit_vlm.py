@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from limbeck.errors import BadInput
+from limbeck.models.loading import ensure_torchvision
 from limbeck.naming import nearest
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def build(name: str, seed: int = 0, **sizes: int) -> tuple[LlavaForConditionalGe
     if IMAGE_SIZE % size["patch_size"]:
         raise BadInput(f"{name}: patch_size={size['patch_size']} must divide the picture's {IMAGE_SIZE} pixels")
 
+    ensure_torchvision()
     from transformers import LlavaForConditionalGeneration
 
     processor = build_processor(size["patch_size"])
@@ -86,6 +88,7 @@ def build(name: str, seed: int = 0, **sizes: int) -> tuple[LlavaForConditionalGe
 
 def build_processor(patch_size: int = 4) -> LlavaProcessor:
     """The processor of both models: pictures stay 16x16 and are normalised, words become tokens."""
+    ensure_torchvision()
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     image_processor = CLIPImageProcessorPil(

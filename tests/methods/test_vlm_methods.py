@@ -1,0 +1,257 @@
+"""Switch-KD and its controls on every family of vision-language models: which loss moves what, and what must stay still."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from limbeck import create
+from limbeck.batch import supervised
+from limbeck.errors import BadInput
+from limbeck.losses.bild import dbild
+from limbeck.methods.vlm.switch_kd import SwitchKD
+from limbeck.models.vlm import VLM
+from tests.models.families import FAMILIES, build
+
+
+def pair(family: str) -> tuple[VLM, VLM, dict]:
+    """A student, a teacher with other weights, and a batch that both read."""
+    student, inputs = build(family, seed=1)
+    teacher, _ = build(family, seed=2)
+    return VLM(student), VLM(teacher), {"ids": ["a", "b"], "student": inputs}
+
+
+def gradients(method, part: str) -> list[torch.Tensor]:
+    """The gradients of one part of the student; None counts as zero."""
+    return [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in method.student.named_parameters()
+        if method.view.part_of(name) == part
+    ]
+
+
+def moves(method, part: str) -> bool:
+    return any(gradient.abs().max() > 0 for gradient in gradients(method, part) if gradient.numel())
+
+
+def backward(method, batch, term: str) -> None:
+    method.zero_grad(set_to_none=True)
+    method(batch)[term].backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_switch_term_moves_the_students_vision_and_nothing_else(family):
+    student, teacher, batch = pair(family)
+    method = SwitchKD(student, teacher)
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    backward(method, batch, "switch")
+    assert moves(method, "vision")
+    assert not moves(method, "projector")
+    assert not moves(method, "language")
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    for term in ("ce", "align"):
+        backward(method, batch, term)
+        assert all(moves(method, part) for part in ("vision", "projector", "language")), term
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_terms_are_what_the_paper_writes(family):
+    """Against the routes run one by one, in float32, without replay: eq. 1, 4, 5, 6."""
+    student, teacher, batch = pair(family)
+    losses = SwitchKD(student, teacher, align=0.5, switch=2.0)(batch)
+    inputs = batch["student"]
+    positions, labels = supervised(inputs["labels"])
+    plain = {key: value for key, value in inputs.items() if key != "labels"}
+    z_s = student.model(**plain, use_cache=False).logits[positions]
+    z_t = teacher.model(**plain, use_cache=False).logits[positions]
+    z_w = teacher.head(teacher.speak(inputs, student.see(inputs)))[positions]
+    torch.testing.assert_close(losses["ce"], F.cross_entropy(z_s, labels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["align"], 0.5 * dbild(z_s, z_t), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["switch"], 2.0 * dbild(z_w, z_t), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.total, losses["ce"] + losses["align"] + losses["switch"])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_with_the_teachers_own_eyes_the_switch_term_is_zero(family):
+    student, teacher, batch = pair(family)
+    eyes = dict(teacher.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if student.part_of(name) == "vision":
+                parameter.copy_(eyes[name])
+    losses = SwitchKD(student, teacher)(batch)
+    assert losses["switch"].abs() < 1e-8
+    assert losses["align"] > 1e-6
+
+
+def test_the_teachers_vision_tower_runs_once_a_step():
+    student, teacher, batch = pair("llava")
+    method = SwitchKD(student, teacher)
+    runs = []
+    block = next(m for n, m in teacher.model.model.vision_tower.named_modules() if n.endswith("layers.0"))
+    block.register_forward_hook(lambda *_: runs.append(1))
+    method(batch)
+    assert len(runs) == 1
+
+
+def test_recomputing_the_switch_route_changes_no_gradient():
+    student, teacher, batch = pair("llava")
+    plain = SwitchKD(student, teacher)
+    backward(plain, batch, "switch")
+    expected = [gradient.clone() for gradient in gradients(plain, "vision")]
+    recomputed = SwitchKD(student, teacher, checkpoint_switch=True)
+    backward(recomputed, batch, "switch")
+    for gradient, other in zip(gradients(recomputed, "vision"), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_the_switch_without_a_graph_is_refused():
+    student, teacher, batch = pair("llava")
+    method = SwitchKD(student, teacher)
+    with torch.no_grad(), pytest.raises(BadInput, match="carries no gradient"):
+        method(batch)
+    student.model.model.vision_tower.requires_grad_(False)
+    with pytest.raises(BadInput, match="carries no gradient"):
+        method(batch)
+    method.weights["switch"] = 0.0
+    assert "switch" not in method(batch)
+
+
+def test_teacher_is_outside_the_method():
+    student, teacher, _ = pair("llava")
+    method = SwitchKD(student, teacher)
+    method.train()
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    own = {id(parameter) for parameter in method.parameters()}
+    assert own == {id(parameter) for parameter in student.model.parameters()}
+    assert all(name.startswith("student.") for name in method.state_dict())
+    assert method.deployable() is student.model
+
+
+@pytest.mark.parametrize("name", ["sft", "kd", "bild", "switch-kd"])
+def test_ignored_positions_change_nothing(name):
+    student, teacher, batch = pair("llava")
+    method = create(name, student, teacher)
+    full = method(batch).total
+    inputs = copy.deepcopy(batch["student"])
+    last = (inputs["labels"] != -100).int().cumsum(1).argmax(1)
+    row = int((inputs["attention_mask"][:, -1] == 1).nonzero()[0])
+    if last[row] + 1 < inputs["input_ids"].shape[1]:
+        inputs["input_ids"][row, last[row] + 1 :] = 5
+        torch.testing.assert_close(method({"ids": ["a", "b"], "student": inputs}).total, full)
+    inputs["labels"].fill_(-100)
+    nothing = method({"ids": ["a", "b"], "student": inputs})
+    assert nothing.total == 0
+    nothing.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
+def test_teacher_and_student_are_paired_kth_to_kth():
+    """A teacher that reads another, longer prompt still meets the student at the k-th answer token."""
+    student, teacher, batch = pair("llava")
+    inputs = batch["student"]
+    inputs["labels"][:, 0] = -100  # nothing predicts a first token
+    prefix = torch.full((inputs["input_ids"].shape[0], 3), 7)
+    longer = {
+        **inputs,
+        "input_ids": torch.cat([prefix, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(prefix), inputs["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(prefix, -100), inputs["labels"]], 1),
+    }
+    method = create("kd", student, teacher)
+    losses = method({**batch, "teacher": longer})
+    (rows, columns), _ = supervised(inputs["labels"])
+    z_s = student.head(student.read(inputs).hidden[rows, columns])
+    z_t = teacher.head(teacher.read(longer).hidden[rows, columns + 3])
+    expected = F.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(losses["kd"], expected)
+
+
+def test_units_are_the_supervised_tokens():
+    student, teacher, batch = pair("llava")
+    assert create("kd", student, teacher).units(batch) == int((batch["student"]["labels"][:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize(("sizes", "message"), [({"vision_width": 40}, r"\[48\].*\[40\]|\[40\].*\[48\]")])
+def test_other_widths_are_refused_with_both_sizes_and_bridged_on_request(sizes, message):
+    from limbeck.models.tiny import digit_vlm
+
+    student = VLM(*digit_vlm.build("digit-vlm-student", **sizes))
+    teacher = VLM(*digit_vlm.build("digit-vlm-teacher"))
+    with pytest.raises(BadInput, match=message):
+        SwitchKD(student, teacher)
+    with pytest.warns(UserWarning, match="the Switch-KD paper has none"):
+        method = SwitchKD(student, teacher, bridge="linear")
+    assert [tuple(p.shape) for p in method.bridge.parameters()] == [(48, 40), (48,)]
+
+
+def tiny_batch(student: VLM, teacher: VLM) -> dict:
+    from limbeck.data.embedded.digit_scenes import digit_scenes
+    from limbeck.data.vlm import VQACollator, VQADataset
+
+    dataset = VQADataset(digit_scenes("train", 4), student.processor, teacher.processor)
+    return VQACollator(student.processor, teacher.processor)([dataset[index] for index in range(4)])
+
+
+def test_another_token_count_is_refused_before_training_and_bridged_on_request():
+    from limbeck.models.tiny import digit_vlm
+
+    student = VLM(*digit_vlm.build("digit-vlm-student", patch_size=8))
+    teacher = VLM(*digit_vlm.build("digit-vlm-teacher", patch_size=4))
+    batch = tiny_batch(student, teacher)
+    with pytest.raises(BadInput) as error, torch.no_grad():
+        SwitchKD(student, teacher).prepare(batch)
+    assert "4" in str(error.value)
+    assert "16" in str(error.value)
+    method = SwitchKD(student, teacher, bridge="linear")
+    with torch.no_grad():
+        method.prepare(batch)
+    backward(method, batch, "switch")
+    assert moves(method, "vision")
+    assert not moves(method, "language")
+
+
+def test_another_vocabulary_is_refused_with_both_sizes():
+    student, inputs = build("llava", seed=1)
+    teacher, _ = build("llava", seed=2)
+    teacher.resize_token_embeddings(student.get_output_embeddings().weight.shape[0] + 8)
+    with pytest.raises(BadInput) as error:
+        create("kd", VLM(student), VLM(teacher))
+    size = student.get_output_embeddings().weight.shape[0]
+    assert f"{size:,}" in str(error.value)
+    assert f"{size + 8:,}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["kd", "bild", "switch-kd"])
+def test_a_padded_head_distils_over_the_shared_ids(name):
+    from limbeck.models.tiny import digit_vlm
+
+    student = VLM(*digit_vlm.build("digit-vlm-student"))
+    model, processor = digit_vlm.build("digit-vlm-teacher")
+    teacher = VLM(copy.deepcopy(model), processor)
+    model.resize_token_embeddings(len(processor.tokenizer) + 24)
+    padded = VLM(model, processor)
+    batch = tiny_batch(student, teacher)
+    torch.testing.assert_close(create(name, student, padded)(batch).total, create(name, student, teacher)(batch).total)
+
+
+def test_a_method_without_its_teacher_says_what_to_add():
+    student, _, _ = pair("llava")
+    with pytest.raises(BadInput, match="needs a teacher"):
+        create("kd", student)
+
+
+def test_pretraining_trains_the_projector_by_labels_alone():
+    student, teacher, batch = pair("llava")
+    first, second = SwitchKD(student, teacher, schedule="pretrain-dft").stages()
+    assert first.weights == {"align": 0.0, "switch": 0.0}
+    names = [name for name, _ in student.model.named_parameters() if student.part_of(name) == "projector"]
+    matched = [n for n, _ in student.model.named_parameters() if any(fnmatch.fnmatch(f"student.{n}", p) for p in first.trainable)]
+    assert sorted(matched) == sorted(names)
+    assert second.trainable == ("*",)

@@ -124,7 +124,7 @@ class TestPython:
         monkeypatch.syspath_prepend(str(tmp_path))
 
     def test_what_a_factory_may_return(self) -> None:
-        made = load({"source": "python", "name": "made_here:module", "arguments": {"width": 3}, "dtype": "bfloat16"})
+        made = load({"source": "python", "name": "made_here:module", "options": {"width": 3}, "dtype": "bfloat16"})
         assert made.weight.shape == (3, 3)
         assert made.weight.dtype == torch.bfloat16
         assert load_vlm("python", "made_here:pair").processor == "the processor"

@@ -10,10 +10,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from limbeck.data.records import ImageSource, VQARecord
 from limbeck.errors import BadInput
@@ -37,10 +39,10 @@ class Row:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which column holds what; None takes the first of `USUAL` that is there. ``image="-"`` says that there are no pictures."""
+class Columns(BaseModel):
+    """Which column holds what; None takes the first of `USUAL` that is there. ``image: "-"`` says that there are no pictures."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str | None = None
     image: str | None = None
     question: str | None = None
@@ -140,10 +142,11 @@ def read_arrow(dataset: Any, columns: Columns, locate: Callable[[str], Path]) ->
     import pyarrow.compute as pc
 
     arrow = dataset.with_format("arrow")
-    names = [getattr(columns, field.name) for field in fields(columns)]
-    stored = columns.image in dataset.column_names and not _holds_text(dataset.data.schema.field(columns.image).type, pa)
-    text = arrow.select_columns([name for name in names if name in dataset.column_names and not (stored and name == columns.image)])
+    schema = dataset.features.arrow_schema
+    stored = columns.image in dataset.column_names and not _holds_text(schema.field(columns.image).type, pa)
     pictures = arrow.select_columns([columns.image]) if stored else None
+    wanted = set(columns.model_dump().values()) - ({columns.image} if stored else set())
+    text = arrow.select_columns([name for name in dataset.column_names if name in wanted])
     for start in range(0, len(dataset), _ARROW_BATCH):
         stop = min(start + _ARROW_BATCH, len(dataset))
         rows = text[start:stop].to_pylist()
@@ -157,24 +160,32 @@ def read_arrow(dataset: Any, columns: Columns, locate: Callable[[str], Path]) ->
 
 
 def to_record(row: Row, columns: Columns, locate: Callable[[str], Path]) -> VQARecord:
-    """The record of a row. Its id is the row's own, else the first picture's path, else the row's number.
-
-    Raises `BrokenRow` with the reason.
-    """
+    """The record of a row. Raises `BrokenRow` with the reason."""
     if row.values is None:
         raise BrokenRow(row.problem)
-    names, images = _images(row.values.get(columns.image) if columns.image else None, locate)
+    images = _images(row.values.get(columns.image) if columns.image else None, locate)
     if columns.conversations and row.values.get(columns.conversations) is not None:
         turns = _conversation(row.values[columns.conversations], len(images))
     else:
         turns = ((_question(row.values.get(columns.question or "")), _answer(row.values.get(columns.answer or ""))),)
-    return VQARecord(row_id(row, columns) or next(iter(names), f"row-{row.number}"), images, turns)
+    return VQARecord(row_id(row, columns), images, turns)
 
 
 def row_id(row: Row, columns: Columns) -> str:
-    """The row's own id, "" where it has none."""
+    """The row's own id, else its first picture's path, else "row-" and its number."""
     value = (row.values or {}).get(columns.id or "")
-    return "" if value is None else str(value)
+    return _picture(row, columns) or f"row-{row.number}" if value in (None, "") else str(value)
+
+
+def row_group(row: Row, columns: Columns) -> str:
+    """What rows that must not be torn apart have in common: the first picture's path as written, else the id."""
+    return _picture(row, columns) or row_id(row, columns)
+
+
+def _picture(row: Row, columns: Columns) -> str:
+    cell = (row.values or {}).get(columns.image or "")
+    first = cell[0] if isinstance(cell, list) and cell else cell
+    return first if isinstance(first, str) else ""
 
 
 def _row(number: int, values: Any) -> Row:
@@ -195,16 +206,14 @@ def _holds_text(kind: Any, pa: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _images(cell: Any, locate: Callable[[str], Path]) -> tuple[list[str], tuple[ImageSource, ...]]:
-    """The paths as written, and the sources, of an image cell: nothing, one path, a list of them, or fetched when called."""
+def _images(cell: Any, locate: Callable[[str], Path]) -> tuple[ImageSource, ...]:
+    """The sources of an image cell: nothing, one path, a list of them, or what fetches them."""
     if cell is None or cell == "":
-        return [], ()
+        return ()
     cells = cell if isinstance(cell, list | tuple) else [cell]
-    if all(isinstance(item, str) for item in cells):
-        return list(cells), tuple(locate(name) for name in cells)
-    if all(callable(item) for item in cells):
-        return [], tuple(cells)
-    raise BrokenRow(f"image is neither a path nor a list of paths: {_short(cell)}")
+    if not all(isinstance(item, str | StoredImage) for item in cells):
+        raise BrokenRow(f"image is neither a path nor a list of paths: {_short(cell)}")
+    return tuple(locate(item) if isinstance(item, str) else item for item in cells)
 
 
 def _conversation(messages: Any, images: int) -> tuple[tuple[str, str], ...]:
@@ -218,8 +227,7 @@ def _conversation(messages: Any, images: int) -> tuple[tuple[str, str], ...]:
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks > images:
         raise BrokenRow(f"text speaks of {marks} images, the row has {images}")
-    turns = tuple((_question(texts[k]), _answer(texts[k + 1])) for k in range(0, len(texts), 2))
-    return turns
+    return tuple((_question(texts[k]), _answer(texts[k + 1])) for k in range(0, len(texts), 2))
 
 
 def _text(content: Any) -> str:

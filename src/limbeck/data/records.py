@@ -6,11 +6,11 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
+from typing import Any
 
 from PIL import Image, ImageOps
 
-ImageSource = Union[str, Path, bytes, Image.Image, Callable[[], "ImageSource"]]
+ImageSource = str | Path | bytes | Image.Image | Callable[[], Any]
 """Where a picture is: a file, its encoded bytes, an opened picture, or a function that fetches any of these."""
 
 
@@ -45,5 +45,14 @@ def open_image(source: ImageSource) -> Image.Image:
         return open_image(source())
     if isinstance(source, Image.Image):
         return source if source.mode == "RGB" else source.convert("RGB")
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with read_header(source) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_header(source: ImageSource) -> Image.Image:
+    """Open a picture without decoding its pixels. Raises whatever the decoder raises where it is missing or no image."""
+    if callable(source):
+        return read_header(source())
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

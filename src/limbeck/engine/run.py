@@ -37,7 +37,7 @@ from limbeck.evaluate import protocols
 from limbeck.evaluate.cost import latency, parameters
 from limbeck.evaluate.probe import ProbeResult, probe
 from limbeck.methods.base import Method
-from limbeck.models.loading import load_vlm
+from limbeck.models.loading import load_vlm, quiet_bars
 from limbeck.models.vlm import VLM
 
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "pydantic", "datasets", "scikit-learn")
@@ -245,7 +245,8 @@ def save_student(method: Method, folder: Path) -> None:
     staged.mkdir(parents=True)
     student: Any = method.deployable()
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(staged)
+        with quiet_bars():
+            student.save_pretrained(staged)
         processor = getattr(getattr(method, "view", None), "processor", None)
         if processor is not None:
             processor.save_pretrained(staged)

@@ -25,7 +25,6 @@ from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
 from limbeck.methods.registry import configure, find
 from limbeck.models.loading import load
-from limbeck.models.tiny import digit_vlm
 from limbeck.models.vlm import VLM
 
 EVALUATION_BATCH = 64
@@ -67,7 +66,7 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
     for name in recipe.evaluate:
         protocols.find(name)
     torch.manual_seed(recipe.train.seed)
-    student = student or load_model(recipe.student, recipe.train.seed)
+    student = student or load_model(trainable(recipe.student), recipe.train.seed)
     if teacher is None and recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher)
     method_class: Any = entry.load()
@@ -128,12 +127,9 @@ def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs:
 
 def load_model(spec: ModelSpec, seed: int) -> VLM | nn.Module:
     """The model of a spec; random weights are drawn from ``seed``."""
-    options = {key: value for key, value in spec.model_dump(exclude_defaults=True).items() if key not in ("options", "weights")}
+    values = spec.model_dump(exclude_defaults=True, exclude={"weights"})
     torch.manual_seed(seed)
-    if spec.source == "tiny":
-        model: VLM | nn.Module = VLM(*digit_vlm.build(spec.name, seed, **spec.options))
-    else:
-        model = load({**options, **spec.options})
+    model = load({**values, "seed": seed} if spec.source == "tiny" else values)
     if spec.weights is not None:
         bare = model.model if isinstance(model, VLM) else model
         try:
@@ -141,6 +137,11 @@ def load_model(spec: ModelSpec, seed: int) -> VLM | nn.Module:
         except RuntimeError as error:
             raise BadInput(f"{spec.weights} does not fit {type(bare).__name__}: {str(error).splitlines()[-1].strip()}") from error
     return model
+
+
+def trainable(spec: ModelSpec) -> ModelSpec:
+    """A student's spec: float32 weights unless it says otherwise, whatever its checkpoint holds; autocast gives the speed."""
+    return spec.model_copy(update={"dtype": spec.dtype or "float32"}) if spec.source == "transformers" else spec
 
 
 def load_teacher(spec: ModelSpec) -> VLM | nn.Module:

@@ -123,8 +123,7 @@ class Trainer:
             if batch_size % world:
                 raise BadInput(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
             per_epoch = len(dataset) // batch_size
-            epochs, steps = (given.epochs, given.steps) if given.epochs or given.steps else (config.epochs, config.steps)
-            steps = steps or max(1, round((epochs or config.epochs) * per_epoch))
+            steps = stage_steps(config, given, per_epoch)
             every = per_epoch if config.evaluate_every is None else config.evaluate_every
             planned.append(
                 PlannedStage(stage.name, stage.trainable, stage.weights, dataset, batch_size, steps, given.lr or config.lr, every)
@@ -367,6 +366,7 @@ class Trainer:
             )
         self._load_method_state(checkpoint)
         self.position = Position(**state["position"])
+        self.accelerator.wait_for_everyone()  # every process has chosen its checkpoint
         if self.accelerator.is_main_process:
             self.checkpoints.discard_after(checkpoint.step)
         stage = self.plan[self.position.stage]
@@ -511,6 +511,12 @@ def match_stages(own: Sequence[Stage], given: Sequence[StageConfig]) -> list[tup
         trainable = config.trainable if config.trainable != ("*",) else base.trainable
         matched.append((replace(base, trainable=trainable, weights={**base.weights, **config.weights}), config))
     return matched
+
+
+def stage_steps(config: TrainConfig, given: StageConfig, per_epoch: int) -> int:
+    """Optimiser steps of a stage: by its own ``steps`` or ``epochs``, else by those of ``train``."""
+    epochs, steps = (given.epochs, given.steps) if given.epochs or given.steps else (config.epochs, config.steps)
+    return steps or max(1, round((epochs or config.epochs) * per_epoch))
 
 
 def choose_trainable(method: Method, stage: PlannedStage) -> list[nn.Parameter]:

@@ -93,7 +93,7 @@ def from_transformers(
         _check_folder(folder, weights=not random_init)
     elif folder.is_absolute() or name.startswith(("~", "./", "../")):
         raise BadInput(f"there is no folder {name}: give a folder with a config.json, or a hub name such as org/model")
-    with _one_line(name):
+    with _one_line(name), quiet_bars(local):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         _check_kind(config, name)
         if random_init:
@@ -114,13 +114,13 @@ def from_transformers(
 def from_python(
     name: str,
     *,
-    arguments: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> VLM | nn.Module:
     """What a function of yours returns: a `VLM`, a (model, processor) pair of a vision-language model, or any module.
 
-    name: ``pkg.mod:factory``, importable from where limbeck runs. arguments: keyword arguments for the factory.
+    name: ``pkg.mod:factory``, importable from where limbeck runs. options: keyword arguments for the factory.
     dtype, device: where the module goes; None leaves it as it is.
     Raises `BadInput` where the factory cannot be found or returns something else.
     """
@@ -134,7 +134,7 @@ def from_python(
     except AttributeError as error:
         functions = [key for key, value in vars(importlib.import_module(module_name)).items() if callable(value)]
         raise BadInput(f"{module_name} has no {factory_name!r}{_nearest(factory_name, functions)}") from error
-    made = factory(**(arguments or {}))
+    made = factory(**(options or {}))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         made = VLM(*made)
     if not isinstance(made, VLM | nn.Module):
@@ -142,6 +142,14 @@ def from_python(
     module = made.model if isinstance(made, VLM) else made
     module.to(device=device, dtype=_dtype(dtype))
     return made
+
+
+def from_tiny(name: str, *, options: Mapping[str, int] | None = None, seed: int = 0) -> VLM:
+    """One of Limbeck's own small models, freshly initialised (`limbeck.models.tiny`). options: its sizes."""
+    _require_transformers()
+    from limbeck.models.tiny import digit_vlm
+
+    return VLM(*digit_vlm.build(name, seed, **(options or {})))
 
 
 def build_vlm(config: Mapping[str, Any] | str | Path, *, device: str | torch.device = "meta") -> VLM:
@@ -163,6 +171,21 @@ def build_vlm(config: Mapping[str, Any] | str | Path, *, device: str | torch.dev
         _check_kind(resolved, str(config) if isinstance(config, str | Path) else "the configuration given")
         with torch.device(device):
             return VLM(AutoModelForImageTextToText.from_config(resolved))
+
+
+@contextmanager
+def quiet_bars(quiet: bool = True) -> Iterator[None]:
+    """Keep transformers' own progress bars off while reading and writing local folders: a run shows one bar, its own."""
+    from transformers.utils import logging
+
+    shown = quiet and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def ensure_torchvision() -> None:
@@ -189,6 +212,7 @@ def ensure_torchvision() -> None:
 
 register_source("transformers", from_transformers)
 register_source("python", from_python)
+register_source("tiny", from_tiny)
 
 
 def _require_transformers() -> None:
@@ -234,6 +258,8 @@ def _one_line(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run unless you read it and set `trust_remote_code: true`"
         raise BadInput(f"cannot load {name}: {reason}") from error
 
 

@@ -153,7 +153,7 @@ def _config(size: dict[str, int], tokenizer: PreTrainedTokenizerFast) -> Any:
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(EXTRA_TOKENS["image_token"]),
+        image_token_index=tokenizer.get_vocab()[EXTRA_TOKENS["image_token"]],
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         image_seq_length=(IMAGE_SIZE // size["patch_size"]) ** 2,

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from limbeck.engine.config import TrainConfig
@@ -18,13 +20,6 @@ from limbeck.engine.run import run
 from limbeck.engine.trainer import check_launch
 from limbeck.errors import BadInput
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer,CLIPEncoderLayer",
-}
 RECIPE = {
     "method": {"name": "switch-kd", "k_min": 4, "window": 16, "schedule": "pretrain-dft"},
     "teacher": {"source": "tiny", "name": "digit-vlm-teacher"},
@@ -36,6 +31,14 @@ RECIPE = {
     },
     "evaluate": ["vqa-accuracy", "switch-route"],
 }  # fmt: skip
+
+
+def fsdp2_environment() -> dict[str, str]:
+    """What ``accelerate launch --config_file configs/accelerate/fsdp2-4x8.yaml`` hands to the processes, for the tiny models' blocks."""
+    config = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2-4x8.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "-m", "limbeck"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return environment | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer,CLIPEncoderLayer"}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -72,7 +75,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     worker = str(Path(__file__).with_name("two_processes.py"))
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *rendezvous, worker, request.param, str(folder / "recipe.yaml"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP2 if request.param == "fsdp2" else {})},
+        env={**(fsdp2_environment() if request.param == "fsdp2" else os.environ), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -127,7 +130,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "1")
         patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(BadInput, match="2 processes were launched, and each would train alone"):
+        with pytest.raises(BadInput, match="2 processes were launched and do not know of each other"):
             check_launch(state, TrainConfig())
 
 
@@ -138,7 +141,10 @@ def test_what_cannot_be_sharded_is_refused_by_name(given: dict[str, float]) -> N
         check_launch(state, TrainConfig(**given))
 
 
-def test_the_first_fsdp_is_refused() -> None:
-    state = SimpleNamespace(num_processes=1, is_fsdp2=False, distributed_type=DistributedType.FSDP)
-    with pytest.raises(BadInput, match="fsdp_version: 2"):
+@pytest.mark.parametrize(
+    ("kind", "way_out"), [(DistributedType.FSDP, "fsdp_version: 2"), (DistributedType.DEEPSPEED, "FSDP2 instead")]
+)
+def test_other_ways_to_shard_are_refused(kind: DistributedType, way_out: str) -> None:
+    state = SimpleNamespace(num_processes=1, is_fsdp2=False, distributed_type=kind)
+    with pytest.raises(BadInput, match=way_out):
         check_launch(state, TrainConfig())

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from limbeck.data.embedded.digit_scenes import DEFAULT_KINDS, SPLITS, Split, digit_scenes
+from limbeck.data.embedded.digit_scenes import KINDS, SPLITS, Split, digit_scenes
 from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, read_arrow, read_json, row_group, row_id, to_record
 from limbeck.data.records import ImageSource, LoadedRecords, VQARecord, open_image, read_header
 from limbeck.errors import BadInput
@@ -47,7 +47,8 @@ class DigitScenes(Settings):
     scenes: int = 600
     digits: int | None = None
     questions: int = 1
-    kinds: tuple[str, ...] = DEFAULT_KINDS
+    kinds: tuple[str, ...] = KINDS
+    layout: str = "pair"
     seed: int = 0
     noise: float = 0.25
     val: Annotated[int, Field(ge=0)] = 1000
@@ -141,10 +142,11 @@ def load_digit_scenes(options: Mapping[str, Any], split: Split) -> LoadedRecords
     """The embedded task: see `digit_scenes` and `DigitScenes`."""
     chosen = _settings(DigitScenes, options, "digit-scenes")
     if split == "train":
-        given = chosen.model_dump(include={"scenes", "digits", "questions", "kinds", "seed", "noise"})
+        given = chosen.model_dump(include={"scenes", "digits", "questions", "kinds", "layout", "seed", "noise"})
         return LoadedRecords(digit_scenes("train", **given))
     held_out = chosen.val if split == "val" else chosen.test
-    return LoadedRecords(digit_scenes(split, held_out, kinds=chosen.kinds, noise=chosen.noise) if held_out else [])
+    given = chosen.model_dump(include={"kinds", "layout", "noise"})
+    return LoadedRecords(digit_scenes(split, held_out, **given) if held_out else [])
 
 
 def load_vqa_jsonl(options: Mapping[str, Any], split: Split) -> LoadedRecords:

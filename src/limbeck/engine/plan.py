@@ -312,10 +312,10 @@ def _stages(recipe: Recipe, method: Method, lengths: Mapping[str, int | None], a
             raise BadInput(
                 f"stage {stage.name!r} lasts as long as data that is not here: state --plan.samples, or steps in the recipe"
             )
-        if batch % assumed.devices:
-            raise BadInput(
-                f"batch_size {batch} cannot be shared by {assumed.devices} devices: choose a multiple of {assumed.devices}"
-            )
+        each = assumed.devices * (config.micro_batch_size or 1)
+        if batch % each:
+            micro = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
+            raise BadInput(f"batch_size {batch} cannot be shared by {assumed.devices} devices{micro}: choose a multiple of {each}")
         steps = stage_steps(config, given, (samples or 0) // batch)
         yield PlannedStage(stage.name, stage.trainable, stage.weights, None, batch, steps, given.lr or config.lr, 0)
 
@@ -418,17 +418,11 @@ def print_plan(planned: Mapping[str, Any]) -> None:
         ],
         right=(1, 2, 3, 4, 5),
     )
-    memories = [(row, launch, held) for row in planned["stages"] for launch, held in row.get("memory", {}).items()]
+    memories = {f"{row['name']}, {launch}": held for row in planned["stages"] for launch, held in row.get("memory", {}).items()}
     if memories:
-        kinds = [kind for kind in memories[0][2] if any(held[kind] for _, _, held in memories)]
-        _table(
-            ("GiB a device", "micro-batch", *kinds),
-            [
-                (f"{row['name']}, {launch}", str(row["micro_batch_size"]), *(f"{held[kind] / GIB:.2f}" for kind in kinds))
-                for row, launch, held in memories
-            ],
-            right=tuple(range(1, len(kinds) + 2)),
-        )
+        kinds = [kind for kind in next(iter(memories.values())) if any(held[kind] for held in memories.values())]
+        rows = [(kind, *(f"{held[kind] / GIB:.2f}" for held in memories.values())) for kind in kinds]
+        _table(("GiB a device", *memories), rows, right=tuple(range(1, len(memories) + 1)))
     for note in planned["notes"]:
         print(f"note: {note}")
     print(

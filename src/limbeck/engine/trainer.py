@@ -621,9 +621,11 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched != accelerator.num_processes:
         raise BadInput(
-            f"{launched} processes were launched, and each would train alone: without a GPU, launch with ACCELERATE_USE_CPU=true "
-            "(docs/scale.md)"
+            f"{launched} processes were launched and do not know of each other: each would train alone. Without a GPU, they are joined by "
+            "accelerate.PartialState(cpu=True) before limbeck.run"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise BadInput("DeepSpeed is not supported (its optimiser states have no names to save them by): shard with FSDP2 instead")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config (configs/accelerate)")
     for key, given in (("ema", config.ema), ("diagnose_every", config.diagnose_every)):

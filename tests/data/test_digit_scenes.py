@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from limbeck.data.embedded.digit_scenes import DEFAULT_KINDS, KINDS, SPLITS, digit_pool, digit_scenes
+from limbeck.data.embedded.digit_scenes import KINDS, LAYOUTS, SPLITS, digit_pool, digit_scenes
 from limbeck.data.records import VQARecord
 from limbeck.errors import BadInput
 
-CELLS = ["top left", "top right", "bottom left", "bottom right"]
+CELLS = {2: ["left", "right"], 4: ["top left", "top right", "bottom left", "bottom right"]}
 
 
 def digit_bytes(split: str) -> dict[bytes, int]:
@@ -22,24 +22,28 @@ def digit_bytes(split: str) -> dict[bytes, int]:
     return {np.rint(cell * 255).astype(np.uint8).tobytes(): int(label) for cell, label in zip(ink, labels, strict=True)}
 
 
-def quadrants(record: VQARecord) -> list[bytes]:
-    """The four cells of a picture in reading order."""
+def cells(record: VQARecord, layout: str) -> list[bytes]:
+    """The cells of a picture in reading order; what is around them is blank."""
     pixels = np.asarray(record.images[0])
     assert pixels.shape == (16, 16, 3)
     assert (pixels == pixels[..., :1]).all()
-    return [pixels[y : y + 8, x : x + 8, 0].tobytes() for y in (0, 8) for x in (0, 8)]
+    rows = (4,) if layout == "pair" else (0, 8)
+    assert layout == "square" or not pixels[[0, 1, 2, 3, 12, 13, 14, 15]].any()
+    return [pixels[y : y + 8, x : x + 8, 0].tobytes() for y in rows for x in (0, 8)]
 
 
 def solve(question: str, grid: list[int]) -> str:
     """The answer worked out from the words of the question, independently of how the task was made."""
     if question == "what are the digits?":
-        return f"{grid[0]} {grid[1]} {grid[2]} {grid[3]}"
+        return " ".join(map(str, grid))
+    if question == "what is the sum of the digits?":
+        return str(grid[0] + grid[1])
     if question == "which digit is the largest?":
         return str(sorted(grid)[-1])
-    if cell := re.fullmatch(r"which digit is (\w+ \w+)\?", question):
-        return str(dict(zip(CELLS, grid, strict=True))[cell[1]])
+    if cell := re.fullmatch(r"which digit is (\w+(?: \w+)?)\?", question):
+        return str(dict(zip(CELLS[len(grid)], grid, strict=True))[cell[1]])
     if line := re.fullmatch(r"what is the sum of the (\w+) (row|column)\?", question):
-        return str(sum(digit for name, digit in zip(CELLS, grid, strict=True) if line[1] in name.split()))
+        return str(sum(digit for name, digit in zip(CELLS[4], grid, strict=True) if line[1] in name.split()))
     if count := re.fullmatch(r"how many (\d) are there\?", question):
         return str(Counter(grid)[int(count[1])])
     asked = re.fullmatch(r"is there a (\d)\?", question)
@@ -65,22 +69,23 @@ def test_every_class_has_its_share_of_each_pool(split):
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_pictures_show_digits_of_the_pool_and_every_answer_is_right(split):
+def test_pictures_show_digits_of_the_pool_and_every_answer_is_right(split, layout):
     known = digit_bytes(split)
-    records = digit_scenes(split, 300, noise=0, kinds=KINDS, questions=8 if split == "train" else 1)
+    records = digit_scenes(split, 300, noise=0, layout=layout, questions=8 if split == "train" else 1)
     for record in records:
-        grid = [known[cell] for cell in quadrants(record)]
+        grid = [known[cell] for cell in cells(record, layout)]
         assert len(set(record.turns)) == len(record.turns)
         for question, answer in record.turns:
             assert answer == solve(question, grid), (question, grid)
     asked = {question for record in records for question, _ in record.turns}
-    assert len(asked) > 25  # of 30
+    assert len(asked) > {"pair": 22, "square": 25}[layout]  # of 25 and 30
 
 
 def test_a_student_may_be_shown_few_digits_in_equal_parts():
     known = digit_bytes("train")
-    shown = {cell for record in digit_scenes("train", 400, digits=30, noise=0) for cell in quadrants(record)}
+    shown = {cell for record in digit_scenes("train", 400, digits=30, noise=0) for cell in cells(record, "pair")}
     assert len(shown) == 30
     assert set(Counter(known[cell] for cell in shown).values()) == {3}
 
@@ -104,7 +109,7 @@ def test_held_out_records_have_one_question_each_with_kinds_and_yes_in_balance()
     assert Counter(record.turns[0][1] for record in records if record.kind == "presence") == {"yes": 50, "no": 50}
     counts = Counter(record.turns[0][1] for record in records if record.kind == "count")
     assert counts.most_common(1)[0][1] < 60  # no answer is nearly always right
-    assert {record.kind for record in digit_scenes("val", 8)} == set(DEFAULT_KINDS)
+    assert {record.kind for record in digit_scenes("val", 8)} == set(KINDS)
 
 
 def test_a_seed_gives_the_same_data_and_another_seed_other_data():
@@ -127,10 +132,11 @@ def test_ids_are_unique():
         ({"digits": 5}, r"within 10\.\.1078"),
         ({"digits": 5000}, r"within 10\.\.1078"),
         ({"split": "test", "questions": 2}, "exactly one question"),
-        ({"questions": 11}, r"within 1\.\.10"),
-        ({"questions": 0}, r"within 1\.\.10"),
+        ({"questions": 10}, r"within 1\.\.9"),
+        ({"questions": 0, "layout": "square"}, r"within 1\.\.14"),
         ({"kinds": ["positoin"]}, "did you mean 'position'"),
         ({"kinds": []}, "kinds is empty"),
+        ({"layout": "sqare"}, "did you mean 'square'"),
         ({"scenes": 0}, "at least 1"),
         ({"noise": -1.0}, "at least 0"),
     ],

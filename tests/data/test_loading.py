@@ -322,13 +322,13 @@ def test_wrong_specs_are_refused_in_one_line(tmp_path, pictures):
     assert "did you mean 'vqa-jsonl'" in refused({"source": "vqa-json", "path": "x"})
     assert "unknown data source ''" in refused({})
     assert "unknown split 'dev'" in refused(good, "dev")
-    assert "no key 'imags': did you mean 'images'" in refused({**good, "imags": "x"})
-    assert "no key 'columns.anser': did you mean 'answer'" in refused({**good, "columns": {"anser": "x"}})
-    assert "data.path" in refused({"source": "vqa-jsonl"})
-    assert "data.check" in refused({**good, "check": "all"})
-    assert "data.max_broken" in refused({**good, "max_broken": 2})
-    assert "no key 'scene': did you mean 'scenes'" in refused({"source": "digit-scenes", "scene": 5})
-    assert "data.scenes of 'digit-scenes'" in refused({"source": "digit-scenes", "scenes": "many"})
+    assert "unknown key 'imags'; did you mean 'images'" in refused({**good, "imags": "x"})
+    assert "unknown key 'columns.anser'; did you mean 'answer'?" in refused({**good, "columns": {"anser": "x"}})
+    assert "vqa-jsonl: 'path' is required" in refused({"source": "vqa-jsonl"})
+    assert "vqa-jsonl: check: Input should be" in refused({**good, "check": "all"})
+    assert "vqa-jsonl: max_broken: Input should be" in refused({**good, "max_broken": 2})
+    assert "digit-scenes: unknown key 'scene'; did you mean 'scenes'?" in refused({"source": "digit-scenes", "scene": 5})
+    assert "digit-scenes: scenes: Input should be" in refused({"source": "digit-scenes", "scenes": "many"})
 
 
 def test_missing_and_empty_data_are_refused(tmp_path, pictures):

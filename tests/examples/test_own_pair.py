@@ -68,7 +68,8 @@ def save_model(folder: Path, reader: Any, *, layers: int, width: int, rows: int)
         },
         vision_config={
             **{"depth": layers, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": width, "num_heads": 4},
-            **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [0]},
+            **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2},
+            **{"window_size": 16, "fullatt_block_indexes": [0]},
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -114,7 +115,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(project: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = "--teacher models/large --student models/small --data data/train.jsonl --images data/images --lr 3e-3".split()
+    arguments = ["--teacher", "models/large", "--student", "models/small", "--lr", "3e-3"]
+    arguments += ["--data", "data/train.jsonl", "--images", "data/images"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, str(ROOT / "examples" / "own_pair.py"), *arguments, *more],

@@ -99,15 +99,37 @@ def test_the_teachers_vision_tower_runs_once_a_step():
     assert len(runs) == 1
 
 
-def test_recomputing_the_switch_route_changes_no_gradient():
-    student, teacher, batch = pair("llava")
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_recomputing_the_switch_route_changes_no_gradient_and_saves_memory(family):
+    student, teacher, batch = pair(family)
     plain = SwitchKD(student, teacher)
     backward(plain, batch, "switch")
     expected = [gradient.clone() for gradient in gradients(plain, "vision")]
+    kept = saved_bytes(plain, batch)
     recomputed = SwitchKD(student, teacher, checkpoint_switch=True)
     backward(recomputed, batch, "switch")
     for gradient, other in zip(gradients(recomputed, "vision"), expected, strict=True):
         torch.testing.assert_close(gradient, other)
+    assert saved_bytes(recomputed, batch) < 0.7 * kept
+    assert not teacher.model.training
+
+
+def saved_bytes(method, batch) -> int:
+    """Bytes that the switch route keeps for the backward pass, weights left out."""
+    weights = {p.data_ptr() for m in (method.student, method.teacher.module) for p in m.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    visual = tuple(level.detach().requires_grad_() for level in method.view.see(batch["student"]))
+    replay = method.teacher_route(batch).reading.replay
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = method.switch_logits(batch, visual, replay)
+    assert logits.requires_grad
+    return sum(kept.values())
 
 
 def test_the_switch_without_a_graph_is_refused():

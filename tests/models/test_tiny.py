@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from limbeck.data.embedded.digit_scenes import KINDS, digit_scenes
+from limbeck.data.embedded.digit_scenes import KINDS, LAYOUTS, digit_scenes
 from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.errors import BadInput
 from limbeck.models.tiny.digit_vlm import SIZES, WORDS, build
@@ -17,7 +17,7 @@ NAMES = sorted(SIZES)
 
 
 def test_the_vocabulary_is_exactly_the_words_of_the_task():
-    records = digit_scenes("train", 2000, questions=6, kinds=KINDS)
+    records = [record for layout in LAYOUTS for record in digit_scenes("train", 2000, questions=6, layout=layout)]
     text = " ".join(part for record in records for turn in record.turns for part in turn)
     assert set(re.findall(r"\w+|\?", text)) == set(WORDS)
 
@@ -28,7 +28,7 @@ def test_student_and_teacher_share_words_and_visual_width():
     assert teacher_processor.tokenizer.get_vocab() == student_processor.tokenizer.get_vocab()
     widths = [model.model.multi_modal_projector.linear_1.in_features for model in (teacher, student)]
     assert widths[0] == widths[1]
-    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters()) / 3
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters()) / 1.7
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from limbeck.data.embedded.digit_scenes import KINDS, SPLITS, Split, digit_scenes
 from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, read_arrow, read_json, row_group, row_id, to_record
 from limbeck.data.records import ImageSource, LoadedRecords, VQARecord, open_image, read_header
 from limbeck.errors import BadInput
 from limbeck.naming import nearest
+from limbeck.settings import Strict, validated
 
 Source = Callable[[Mapping[str, Any], Split], LoadedRecords]
 Check = Literal["decode", "header", "exists"]
@@ -31,14 +32,10 @@ _CHECKED = 10_000  # pictures handed to the threads at a time
 _CHECKERS = 8  # threads
 
 
-class Settings(BaseModel):
+class Settings(Strict):
     """What every source understands. max_broken: the share of rows that may be unusable before it is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
-
-
-Chosen = TypeVar("Chosen", bound=Settings)
 
 
 class DigitScenes(Settings):
@@ -50,7 +47,7 @@ class DigitScenes(Settings):
     kinds: tuple[str, ...] = KINDS
     layout: str = "pair"
     seed: int = 0
-    noise: float = 0.25
+    noise: float = 0.1
     val: Annotated[int, Field(ge=0)] = 1000
     test: Annotated[int, Field(ge=0)] = 2000
 
@@ -140,7 +137,7 @@ def load_data(spec: Mapping[str, Any], split: Split) -> LoadedRecords:
 
 def load_digit_scenes(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """The embedded task: see `digit_scenes` and `DigitScenes`."""
-    chosen = _settings(DigitScenes, options, "digit-scenes")
+    chosen = validated(DigitScenes, options, "data source digit-scenes")
     if split == "train":
         given = chosen.model_dump(include={"scenes", "digits", "questions", "kinds", "layout", "seed", "noise"})
         return LoadedRecords(digit_scenes("train", **given))
@@ -151,7 +148,7 @@ def load_digit_scenes(options: Mapping[str, Any], split: Split) -> LoadedRecords
 
 def load_vqa_jsonl(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """JSON lines, or one JSON list, of simple rows or LLaVA conversations."""
-    chosen = _settings(Files, options, "vqa-jsonl")
+    chosen = validated(Files, options, "data source vqa-jsonl")
     path = {"train": chosen.path, "val": chosen.val_path or chosen.shared, "test": chosen.test_path}[split]
     if path is None:
         return LoadedRecords([])
@@ -166,7 +163,7 @@ def load_vqa_jsonl(options: Mapping[str, Any], split: Split) -> LoadedRecords:
 
 def load_parquet(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """A parquet file, or a folder of them; pictures are paths, encoded bytes, or structs of both as ``datasets`` writes them."""
-    chosen = _settings(Files, options, "parquet")
+    chosen = validated(Files, options, "data source parquet")
     path = {"train": chosen.path, "val": chosen.val_path or chosen.shared, "test": chosen.test_path}[split]
     if path is None:
         return LoadedRecords([])
@@ -183,7 +180,7 @@ def load_parquet(options: Mapping[str, Any], split: Split) -> LoadedRecords:
 
 def load_hf(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """Anything that ``datasets`` loads: a hub name, or a folder."""
-    chosen = _settings(Hub, options, "hf")
+    chosen = validated(Hub, options, "data source hf")
     name = {"train": chosen.split, "val": chosen.val_split or chosen.shared, "test": chosen.test_split}[split]
     if name is None:
         return LoadedRecords([])
@@ -278,18 +275,6 @@ def _fault(image: ImageSource, check: Check) -> str:
 def _hashed(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
-
-
-def _settings(model: type[Chosen], options: Mapping[str, Any], source: str) -> Chosen:
-    try:
-        return model.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        *parents, key = map(str, first["loc"] or ("",))
-        if first["type"] == "extra_forbidden":
-            known = Columns.model_fields if parents == ["columns"] else model.model_fields
-            raise BadInput(f"data source {source!r} has no key {'.'.join([*parents, key])!r}: {nearest(key, known)}") from None
-        raise BadInput(f"data.{'.'.join([*parents, key])} of {source!r}: {first['msg']} (given {first['input']!r})") from None
 
 
 def _datasets() -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from limbeck import taps
 from limbeck.data.records import VQARecord
 from limbeck.data.vlm import ConversationEncoder
-from limbeck.engine.config import validated
+from limbeck.settings import validated
 from limbeck.engine.recipe import ModelSpec
 from limbeck.engine.task import load_model
 from limbeck.errors import BadInput

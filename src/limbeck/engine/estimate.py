@@ -189,8 +189,10 @@ def memory(
         routes = CONSTANT_LOGIT + (GRADIENT_LOGIT if work.switch else 0)
         held["logits"] += micro * theirs.answer * teacher.vocabulary * routes
         if work.switch:
-            block_bytes = frozen_block_bytes(teacher.language, half=teacher.weight_bytes < 4 * teacher.total)
-            held["activations"] += micro * theirs.all * block_bytes * teacher.language.layers
+            half = teacher.weight_bytes < 4 * teacher.total
+            whole, layers = frozen_block_bytes(teacher.language, half=half), teacher.language.layers
+            kept = whole + (2 if half else 4) * teacher.language.width * layers if work.recomputed_switch else whole * layers
+            held["activations"] += micro * theirs.all * kept
     return held
 
 

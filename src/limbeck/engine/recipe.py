@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from limbeck.engine.config import Strict, TrainConfig, validated
+from limbeck.engine.config import TrainConfig
 from limbeck.errors import BadInput
 from limbeck.methods.registry import configure, find
 from limbeck.naming import nearest
+from limbeck.settings import Strict, validated
 
 
 class MethodSpec(BaseModel):
@@ -31,7 +32,7 @@ class ModelSpec(Strict):
 
     source: transformers (a hub name or a folder) | python (``pkg.mod:factory``) | tiny (embedded, made live) |
     recipe (train it first by the recipe at ``name``, once; teachers only).
-    dtype: of the weights; null keeps float32. weights: a safetensors file to start from. options: keywords of the factory or sizes of an embedded model.
+    dtype: of the weights; null: float32 for a student, the checkpoint's own for a teacher. weights: a safetensors file to start from. options: keywords of the factory or sizes of an embedded model.
     """
 
     source: str
@@ -88,7 +89,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """Read and validate a recipe before anything is loaded.
 
     source: a YAML file, the name of a recipe that ships with Limbeck (``switch-kd``), or a mapping. overrides: ``--train.lr 3e-4`` or
-    ``--train.lr=3e-4`` as on the command line. Relative paths in a file are relative to that file. Raises `BadInput` with one line.
+    ``--train.lr=3e-4`` as on the command line. Relative paths in a file are relative to that file, those of overrides to the current
+    folder. Raises `BadInput` with one line.
     """
     if isinstance(source, Recipe) and not overrides:
         return source
@@ -99,9 +101,10 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     else:
         path = locate(source)
         values, folder, where = _read_yaml(path), path.parent, str(path)
+    values = _absolute(values, folder)
     for dotted, value in parse_overrides(overrides):
         _assign(values, dotted, value)
-    recipe: Recipe = validated(Recipe, _absolute(values, folder), where)
+    recipe = validated(Recipe, _absolute(values, Path.cwd()), where)
     for method in (recipe.method, *(arm.method for arm in recipe.arms if isinstance(arm, Arm))):
         configure(find(method.name).load(), method.hyper)
     for arm in recipe.arms:

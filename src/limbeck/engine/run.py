@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
@@ -27,7 +27,7 @@ from limbeck import __version__
 from limbeck.batch import Batch
 from limbeck.engine.batches import collate_pairs, evaluation_loader
 from limbeck.engine.checkpoint import write_atomically
-from limbeck.engine.config import TrainConfig, validated
+from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
 from limbeck.engine.task import EVALUATION_BATCH, Task, build_task, cache_folder, validator
@@ -39,6 +39,7 @@ from limbeck.evaluate.probe import ProbeResult, probe
 from limbeck.methods.base import Method
 from limbeck.models.loading import load_vlm, quiet_bars
 from limbeck.models.vlm import VLM
+from limbeck.settings import validated
 
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "pydantic", "datasets", "scikit-learn")
 
@@ -76,7 +77,9 @@ def run(
     loaded, in place of the recipe's. Raises `BadInput` before anything is written where the recipe, the models or the data do not fit.
     """
     recipe = load_recipe(recipe, overrides)
-    folder = Path(out or f"runs/{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    processes()
+    [stamp] = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])  # clocks differ between machines
+    folder = Path(out or f"runs/{recipe.method.name}-{stamp}")
     claim(folder)
     task = build_task(recipe, teacher)
     trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
@@ -154,7 +157,7 @@ def distill(
     (method, accelerator) on validation data; the default measures the accuracy of the student on ``eval_data``. train: the keywords of
     `limbeck.engine.config.TrainConfig` (epochs, batch_size, lr, precision, ...). resume: go on from the newest checkpoint in ``out``.
     """
-    config: TrainConfig = validated(TrainConfig, train, "distill")
+    config = validated(TrainConfig, train, "distill")
     folder = Path(out)
     if not resume:
         claim(folder)
@@ -218,7 +221,12 @@ def claim(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "holds another run" if (folder / "recipe.yaml").exists() else "is not empty"
         raise BadInput(f"{folder} {what}: choose another --out, or continue it with `limbeck resume {folder}`")
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
+
+
+def processes() -> PartialState:
+    """The processes of this launch; joined on CPUs where ``accelerate launch --cpu`` says so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def run_folder(folder: str | Path) -> Path:
@@ -267,7 +275,6 @@ def environment() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    state = PartialState()
     return {
         "limbeck": __version__,
         "python": sys.version.split()[0],
@@ -275,7 +282,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "processes": state.num_processes,
+        "processes": processes().num_processes,
         "packages": found,
     }
 
@@ -285,7 +292,7 @@ def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM:
     recipe = load_recipe(source, overrides)
     fingerprint = hashlib.blake2b(f"{__version__}\n{recipe.dump()}".encode(), digest_size=8).hexdigest()
     kept = cache_folder() / "teachers" / f"{Path(source).stem}-{fingerprint}"
-    state = PartialState()
+    state = processes()
     with one_at_a_time(kept.with_name(f"{kept.name}.lock"), state):
         [missing] = broadcast_object_list([not (kept / "student").is_dir()])
         if missing:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from limbeck.batch import Batch
+from limbeck.data.embedded.digit_scenes import Split
 from limbeck.data.loading import load_data
 from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.engine.batches import collate_pairs, evaluation_loader
@@ -89,7 +90,7 @@ def vision_language_task(
     skipped: list[dict[str, Any]] = []
     limit = min([recipe.data.max_length or context_length(student.model), *([context_length(teacher.model)] if teacher else [])])
 
-    def dataset(spec: DataSpec, split: str, required: bool) -> VQADataset | None:
+    def dataset(spec: DataSpec, split: Split, required: bool) -> VQADataset | None:
         loaded = load_data(spec.model_dump(exclude={"max_length"}), split)
         skipped.extend({"split": split, **row} for row in loaded.skipped)
         if not loaded.records:
@@ -105,7 +106,8 @@ def vision_language_task(
         )
 
     data = {stage: dataset(spec, "train", True) for stage, spec in specs.items()}
-    held_out = {split: found for split in ("val", "test") if (found := dataset(recipe.data, split, False)) is not None}
+    others: tuple[Split, ...] = ("val", "test")
+    held_out: dict[str, Any] = {split: found for split in others if (found := dataset(recipe.data, split, False)) is not None}
     collate = VQACollator(student.processor, teacher.processor if teacher else None)
     return Task(method, teacher, data, held_out, collate, recipe.evaluate, skipped)
 

@@ -127,6 +127,7 @@ def from_python(
     module_name, colon, factory_name = name.partition(":")
     if not (module_name and colon and factory_name):
         raise BadInput(f"{name!r} names no function: write pkg.mod:factory")
+    ensure_torchvision()
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except ImportError as error:

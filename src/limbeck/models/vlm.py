@@ -241,6 +241,16 @@ class VLM:
                 return head
         raise BadInput(f"the head of {self.family} is not linear, scaled and softcapped: use its full logits (`VLM.head`)")
 
+    def recompute_language(self) -> None:
+        """From now on the backward pass recomputes the language part layer by layer, also in eval mode, where transformers would not:
+        only the flag of the layers themselves is set, so that dropout inside them stays off."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self._core.get_submodule(self._language).modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
     @property
     def _image_token(self) -> int:
         config = self.model.config

@@ -76,7 +76,7 @@ def digit_scenes(
     kinds: Sequence[str] = KINDS,
     layout: str = "pair",
     seed: int = 0,
-    noise: float = 0.25,
+    noise: float = 0.1,
 ) -> list[VQARecord]:
     """Build scenes with their questions; the same arguments give the same pictures and words.
 

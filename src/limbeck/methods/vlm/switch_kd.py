@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from limbeck.batch import supervised, teacher_side
 from limbeck.errors import BadInput
@@ -41,7 +40,7 @@ class SwitchKDConfig:
 
     tau: temperature of the pair softmax, > 0. align, switch: lambda_1 and lambda_2. ce: weight of the labels.
     window: candidates a position, >= k_min. k_min: >= 3. bridge: none | linear.
-    checkpoint_switch: recompute the switch route in the backward pass, to hold one language-model graph at a time.
+    checkpoint_switch: recompute the teacher's language layers one by one in the backward pass of the switch route, to save memory.
     """
 
     tau: float = 3.0
@@ -88,6 +87,8 @@ class SwitchKD(VLMMethod):
         self.weights = {"ce": config.ce, "align": config.align, "switch": config.switch}
         if config.bridge == "none":
             check_visual(self.view, self.teacher_view)
+        if config.checkpoint_switch:
+            self.teacher_view.recompute_language()
         self.bridge = (
             VisualBridge(self.view.visual_widths, self.teacher_view.visual_widths) if config.bridge == "linear" else None
         )
@@ -113,11 +114,7 @@ class SwitchKD(VLMMethod):
         """z_switch at the answer positions, [K, V]."""
         inputs = teacher_side(batch)
         positions = supervised(inputs["labels"])[0]
-
-        def speak(*visual: Tensor) -> Tensor:
-            return self.teacher_view.speak(inputs, self.switched(visual), replay)[positions]
-
-        hidden = checkpoint(speak, *visual, use_reentrant=False) if self.config.checkpoint_switch else speak(*visual)
+        hidden = self.teacher_view.speak(inputs, self.switched(visual), replay)[positions]
         return self.teacher_view.head(hidden)
 
     def forward(self, batch: Batch) -> Losses:

@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 DEMO_OUT ?= runs/demo
 demo: setup
-	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck bench switch-kd --seeds 1 --out $(DEMO_OUT)/bench
+	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck bench switch-kd --seeds 1 --jobs 2 --out $(DEMO_OUT)/bench
 	@echo
 	@echo "Where do the student's errors come from? (limbeck probe $(DEMO_OUT)/bench/switch-kd/seed-0)"
 	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck probe $(DEMO_OUT)/bench/switch-kd/seed-0

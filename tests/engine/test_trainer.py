@@ -48,7 +48,9 @@ def method(dropout: float = 0.0) -> lb.Method:
 
 
 def train(out, method_=None, **options):
-    return lb.distill(method_ or method(), Points(), Points(20, 1), out=out, quiet=True, **{"epochs": 2, "batch_size": 8, "lr": 1e-2, **options})
+    return lb.distill(
+        method_ or method(), Points(), Points(20, 1), out=out, quiet=True, **{"epochs": 2, "batch_size": 8, "lr": 1e-2, **options}
+    )
 
 
 def rows(out) -> list[dict]:
@@ -243,7 +245,10 @@ def test_every_split_of_a_batch_sees_the_same_samples(sizes, seed, start):
     batch = micro * world * pieces
     length, stop = 2 * batch + 1, 14
     whole = list(StepSampler(length, batch, batch, seed=seed, rank=0, world=1, start=0, stop=stop))
-    parts = [list(StepSampler(length, batch, micro, seed=seed, rank=rank, world=world, start=start, stop=stop)) for rank in range(world)]
+    parts = [
+        list(StepSampler(length, batch, micro, seed=seed, rank=rank, world=world, start=start, stop=stop))
+        for rank in range(world)
+    ]
     for step in range(start, stop):
         mine = slice((step - start) * pieces, (step - start + 1) * pieces)
         seen = [key for part in parts for piece in part[mine] for key in piece]

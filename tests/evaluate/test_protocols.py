@@ -65,7 +65,7 @@ def test_exact_match_is_all_tokens_of_an_answer():
 
 
 def test_exact_match_is_what_greedy_decoding_writes(world):
-    method, student, _, batches, held_out = world
+    _method, student, _, batches, held_out = world
     right = []
     for batch in batches:
         inputs = batch["student"]
@@ -127,7 +127,10 @@ def test_the_probe_leaves_out_what_is_not_legal_and_says_why(world):
 def test_the_probes_reading(cells, says):
     from limbeck.evaluate.probe import ProbeResult
 
-    table = {"teacher": {"teacher": cells["best"], "student": 0.6}, "student": {"teacher": cells["eyes"], "student": cells["own"]}}
+    table = {
+        "teacher": {"teacher": cells["best"], "student": 0.6},
+        "student": {"teacher": cells["eyes"], "student": cells["own"]},
+    }
     assert says in ProbeResult(table, 10, {}).reading()
 
 

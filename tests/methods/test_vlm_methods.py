@@ -240,7 +240,7 @@ def test_another_token_count_is_refused_before_training_and_bridged_on_request()
 
 
 def test_another_vocabulary_is_refused_with_both_sizes():
-    student, inputs = build("llava", seed=1)
+    student, _inputs = build("llava", seed=1)
     teacher, _ = build("llava", seed=2)
     teacher.resize_token_embeddings(student.get_output_embeddings().weight.shape[0] + 8)
     with pytest.raises(BadInput) as error:
@@ -270,7 +270,7 @@ def test_a_method_without_its_teacher_says_what_to_add():
 
 
 def test_pretraining_trains_the_projector_by_labels_alone():
-    student, teacher, batch = pair("llava")
+    student, teacher, _batch = pair("llava")
     first, second = SwitchKD(student, teacher, schedule="pretrain-dft").stages()
     assert first.weights == {"align": 0.0, "switch": 0.0}
     names = [name for name, _ in student.model.named_parameters() if student.part_of(name) == "projector"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from limbeck.data.embedded.digit_scenes import KINDS, LAYOUTS, digit_scenes
+from limbeck.data.embedded.digit_scenes import LAYOUTS, digit_scenes
 from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.errors import BadInput
 from limbeck.models.tiny.digit_vlm import SIZES, WORDS, build

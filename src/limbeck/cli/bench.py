@@ -19,16 +19,17 @@ def command(
         None, help="Where the runs go; an interrupted bench goes on there. Default runs/bench-<time>."
     ),
     json: Path | None = typer.Option(None, "--json", help="Write the result as JSON to this file; - for standard output."),
+    jobs: int = typer.Option(1, min=1, help="Runs at a time, each in a process with its share of the cores."),
     quiet: bool = typer.Option(False, "--quiet", help="Warnings only on standard error."),
 ) -> None:
     """Train a recipe's method and its controls over seeds; means, deviations and paired 95 % intervals.
 
-    Example: limbeck bench switch-kd --seeds 5 --json out.json
+    Example: limbeck bench switch-kd --seeds 5 --jobs 2 --json out.json
     """
     from limbeck.engine.bench import bench
 
     folder = out or Path(f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
-    result = bench(recipe, seeds=seeds, out=folder, overrides=context.args, quiet=quiet)
+    result = bench(recipe, seeds=seeds, out=folder, overrides=context.args, jobs=jobs, quiet=quiet)
     if json is not None and str(json) == "-":
         print_json(result)
         return

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
 from limbeck.engine.run import environment, run
 from limbeck.engine.task import load_teacher
 from limbeck.errors import BadInput
+from limbeck.models.vlm import VLM
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's.
 T95 = (
@@ -28,12 +36,14 @@ def bench(
     seeds: int = 3,
     out: str | Path,
     overrides: Sequence[str] = (),
+    jobs: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train every arm of a recipe over seeds 0..seeds-1 and compare them on held-out data.
 
     A seed draws the student's initial weights, the training data where the recipe makes it, and the order of batches; the teacher is one.
-    Finished runs in ``out`` are read, not repeated, so that an interrupted bench goes on. Returns
+    Finished runs in ``out`` are read, not repeated, so that an interrupted bench goes on. jobs: runs at a time, each in a process with
+    its share of the cores; the results are those of one after the other. Returns
     ``{"method", "arms": {arm: {metric: {"mean", "std", "values"}}}, "paired": {arm: {metric: {"mean", "low", "high"}}}, "teacher",
     "runs", "environment"}``; paired is method minus arm, by seed, with a 95 % t interval (null for one seed).
     """
@@ -46,15 +56,11 @@ def bench(
         arms[arm if isinstance(arm, str) else arm.name] = recipe.with_method(arm)
     check_same(folder, recipe)
     teacher = load_teacher(recipe.teacher) if recipe.teacher else None
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    for seed in range(seeds):
-        for name, arm_recipe in arms.items():
-            path = folder / name / f"seed-{seed}"
-            if not (path / "result.json").exists():
-                progress.note(f"{name}, seed {seed}")
-                clear_unfinished(path)
-                run(arm_recipe.with_seed(seed), out=path, teacher=teacher, quiet=True)
-            results[name].append(json.loads((path / "result.json").read_text()))
+    paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}
+    missing = [(arms[name].with_seed(seed), path) for (name, seed), path in paths.items() if not (path / "result.json").exists()]
+    for number, path in enumerate(train_all(missing, jobs, teacher), 1):
+        progress.note(f"{number} of {len(missing)} runs: {path}")
+    results = {name: [json.loads((paths[name, seed] / "result.json").read_text()) for seed in range(seeds)] for name in arms}
     measured = {name: gather([numbers(result) for result in rows]) for name, rows in results.items()}
     main = measured[recipe.method.name]
     table = {
@@ -86,12 +92,31 @@ def check_same(folder: Path, recipe: Recipe) -> None:
     mark.write_text(recipe.dump())
 
 
-def clear_unfinished(path: Path) -> None:
-    """An arm that was cut off starts again: arms are short, and a bench must not depend on where it was cut."""
-    import shutil
+def train_all(work: Sequence[tuple[Recipe, Path]], jobs: int, teacher: VLM | nn.Module | None) -> Iterator[Path]:
+    """Train every arm, ``jobs`` at a time; yields each folder when it is done. Other processes load the teacher themselves."""
+    if jobs == 1 or len(work) < 2:
+        yield from (train_arm(arm, path, teacher=teacher) for arm, path in work)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=share_cores, initargs=(jobs,)) as pool:
+        futures = [pool.submit(train_arm, *item) for item in work]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
+
+def train_arm(recipe: Recipe, path: Path, *, teacher: VLM | nn.Module | None = None) -> Path:
+    """Train one arm. One that was cut off starts again: arms are short, and a bench must not depend on where it was cut."""
     if (path / "recipe.yaml").exists():
         shutil.rmtree(path)
+    run(recipe, out=path, teacher=teacher, quiet=True)
+    return path
+
+
+def share_cores(jobs: int) -> None:
+    """Give this process its part of the cores: more threads than cores would wait for each other."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:

@@ -162,7 +162,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def rng_state() -> dict[str, Tensor]:
     """The state of every random generator of this process, as tensors."""
-    version, internal, gauss = random.getstate()
+    _version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),

@@ -11,11 +11,11 @@ from torch import nn
 from limbeck import taps
 from limbeck.data.records import VQARecord
 from limbeck.data.vlm import ConversationEncoder
-from limbeck.settings import validated
 from limbeck.engine.recipe import ModelSpec
 from limbeck.engine.task import load_model
 from limbeck.errors import BadInput
 from limbeck.models.vlm import VLM
+from limbeck.settings import validated
 
 MARKS = {"vision": "vision", "projector": "projector (visual switch)", "language": "language"}
 BLANK_SIZE = 224  # pixels a side, where the configuration names no size

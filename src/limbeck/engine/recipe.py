@@ -77,8 +77,11 @@ class Recipe(Strict):
         return self.model_copy(update={"method": method})
 
     def with_seed(self, seed: int) -> Recipe:
-        """This recipe with another training seed."""
-        return self.model_copy(update={"train": self.train.model_copy(update={"seed": seed})})
+        """This recipe with another training seed; scenes that are made for it are drawn anew too (held-out ones never change)."""
+        update: dict[str, Any] = {"train": self.train.model_copy(update={"seed": seed})}
+        if self.data.source == "digit-scenes":
+            update["data"] = DataSpec(**{**self.data.model_dump(), "seed": seed})
+        return self.model_copy(update=update)
 
     def dump(self) -> str:
         """YAML that loads back to this recipe; defaults are left out."""

@@ -178,7 +178,9 @@ class Trainer:
                 checkpoint = None
         self._keep_best()
         metrics = self.measured(self.evaluate) if self.evaluate else {}
-        for tracker in self.accelerator.trackers:  # Accelerator.end_training would also end the process group, which is needed yet
+        for (
+            tracker
+        ) in self.accelerator.trackers:  # Accelerator.end_training would also end the process group, which is needed yet
             tracker.finish()
         return metrics
 
@@ -625,7 +627,9 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
             "accelerate.PartialState(cpu=True) before limbeck.run"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise BadInput("DeepSpeed is not supported (its optimiser states have no names to save them by): shard with FSDP2 instead")
+        raise BadInput(
+            "DeepSpeed is not supported (its optimiser states have no names to save them by): shard with FSDP2 instead"
+        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config (configs/accelerate)")
     for key, given in (("ema", config.ema), ("diagnose_every", config.diagnose_every)):

@@ -109,7 +109,14 @@ def digit_scenes(
     if layout not in LAYOUTS:
         raise BadInput(f"digit-scenes has no layout {layout!r}: {nearest(layout, LAYOUTS)}")
     place = LAYOUTS[layout]
-    distinct = {"read": 1, "position": len(place.cells), "largest": 1, "sum": len(place.lines), "count": 2, "presence": 2}  # at least
+    distinct = {
+        "read": 1,
+        "position": len(place.cells),
+        "largest": 1,
+        "sum": len(place.lines),
+        "count": 2,
+        "presence": 2,
+    }  # at least
     most = sum(distinct[kind] for kind in set(kinds))
     if not 1 <= questions <= most:
         raise BadInput(

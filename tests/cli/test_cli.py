@@ -292,3 +292,10 @@ def test_no_secret_reaches_a_run_folder(limbeck, recipe_file, tmp_path, monkeypa
     for path in run.rglob("*"):
         if path.is_file():
             assert b"s3cr3t-token" not in path.read_bytes(), path
+
+
+def test_what_cannot_be_measured_is_refused_before_training(refused, recipe_file):
+    narrow = ("--student.options", "{vision_width: 40}", "--method", "{name: kd}")
+    refused("run", recipe_file, *narrow, says="leave it out of `evaluate`")  # the switch route of evaluate, not the method, needs one width
+    refused("run", recipe_file, "--train.select.metric", "acuracy", says="did you mean 'accuracy'?")
+    refused("run", recipe_file, "--method", "{name: sft}", "--teacher", "null", says="needs a teacher")

@@ -32,7 +32,8 @@ class ModelSpec(Strict):
 
     source: transformers (a hub name or a folder) | python (``pkg.mod:factory``) | tiny (embedded, made live) |
     recipe (train it first by the recipe at ``name``, once; teachers only).
-    dtype: of the weights; null: float32 for a student, the checkpoint's own for a teacher. weights: a safetensors file to start from. options: keywords of the factory or sizes of an embedded model.
+    dtype: of the weights; null: float32 for a student, the checkpoint's own for a teacher. weights: a safetensors file to start from.
+    options: keywords of the factory, or sizes of an embedded model.
     """
 
     source: str

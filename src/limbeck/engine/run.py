@@ -30,7 +30,7 @@ from limbeck.engine.checkpoint import write_atomically
 from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.task import EVALUATION_BATCH, Task, build_task, cache_folder, validator
+from limbeck.engine.task import EVALUATION_BATCH, Task, bare_module, build_task, cache_folder, validator
 from limbeck.engine.trainer import Evaluate, Trainer
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
@@ -84,6 +84,7 @@ def run(
     task = build_task(recipe, teacher)
     trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
     trainer.setup()
+    task.rehearse(trainer)
     if trainer.accelerator.is_main_process:
         write_head(folder, recipe, task)
     return finish(trainer, task, resume=False)
@@ -98,6 +99,7 @@ def resume(folder: str | Path, *, quiet: bool = False) -> Run:
     task = build_task(recipe)
     trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
     trainer.setup()
+    task.rehearse(trainer)
     return finish(trainer, task, resume=True)
 
 
@@ -124,8 +126,8 @@ def reopen(folder: str | Path) -> tuple[Task, Accelerator]:
         task.method.load_state_dict(load_file(adapters), strict=False)
     accelerator = Accelerator()
     task.method.to(accelerator.device).eval()
-    if isinstance(task.teacher, VLM):
-        task.teacher.model.to(accelerator.device)
+    if task.teacher is not None:
+        bare_module(task.teacher).to(accelerator.device)
     return task, accelerator
 
 
@@ -206,7 +208,7 @@ def costs(task: Task, folder: Path) -> dict[str, Any]:
     for name, view in views.items():
         if view is None:
             continue
-        model = view.model if isinstance(view, VLM) else view
+        model = bare_module(view)
         found[name] = {"parameters": parameters(model)}
         if isinstance(view, VLM) and sample is not None:
             device = next(model.parameters()).device

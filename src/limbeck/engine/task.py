@@ -21,12 +21,15 @@ from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.engine.batches import collate_pairs, evaluation_loader
 from limbeck.engine.checkpoint import load_weights
 from limbeck.engine.recipe import DataSpec, ModelSpec, Recipe
+from limbeck.engine.trainer import Trainer
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
 from limbeck.methods.registry import configure, find
 from limbeck.models.loading import load
 from limbeck.models.vlm import VLM
+from limbeck.naming import nearest
+from limbeck.teachers.frozen import FrozenTeacher
 
 EVALUATION_BATCH = 64
 
@@ -50,6 +53,22 @@ class Task:
         )
         return protocols.evaluate(self.protocols, loader, method, self.teacher, device=accelerator.device)
 
+    def rehearse(self, trainer: Trainer) -> None:
+        """Bring the teacher to the device, and run every protocol on two held-out samples, so that what cannot be measured is refused
+        before training and not at the first validation."""
+        if self.teacher is not None:
+            bare_module(self.teacher).to(trainer.accelerator.device)
+        if "val" not in self.held_out:
+            return
+        samples = self.held_out["val"]
+        batch = self.collate([samples[index] for index in range(min(2, len(samples)))])
+        measured = trainer.measured(
+            lambda method, accelerator: protocols.evaluate(self.protocols, [batch], method, self.teacher, device=accelerator.device)
+        )
+        wanted = trainer.config.select.metric
+        if wanted not in measured:
+            raise BadInput(f"train.select.metric {wanted!r} is not measured by evaluate: {nearest(wanted, measured)}")
+
     def batches(self, split: str, device_batch: int = EVALUATION_BATCH) -> Any:
         """The batches of a held-out split, in order."""
         if split not in self.held_out:
@@ -70,6 +89,8 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
     student = student or load_model(trainable(recipe.student), recipe.train.seed)
     if teacher is None and recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher)
+    if teacher is not None:
+        FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
     method_class: Any = entry.load()
     method = method_class(student, teacher if method_class.needs_teacher else None, **hyper)
     stage_data = {stage.name: DataSpec(**stage.data) for stage in recipe.train.stages if stage.data}
@@ -133,12 +154,17 @@ def load_model(spec: ModelSpec, seed: int) -> VLM | nn.Module:
     torch.manual_seed(seed)
     model = load({**values, "seed": seed} if spec.source == "tiny" else values)
     if spec.weights is not None:
-        bare = model.model if isinstance(model, VLM) else model
+        bare = bare_module(model)
         try:
             bare.load_state_dict(load_weights(Path(spec.weights)))
         except RuntimeError as error:
             raise BadInput(f"{spec.weights} does not fit {type(bare).__name__}: {str(error).splitlines()[-1].strip()}") from error
     return model
+
+
+def bare_module(model: VLM | nn.Module) -> nn.Module:
+    """The module behind a view, or the module itself."""
+    return model.model if isinstance(model, VLM) else model
 
 
 def trainable(spec: ModelSpec) -> ModelSpec:

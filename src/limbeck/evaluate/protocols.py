@@ -98,6 +98,11 @@ class SwitchRoute:
     def __init__(self, method: Any, teacher: VLM | None) -> None:
         self.teacher = required(teacher, "switch-route")
         self.student, self.switched, self.means = method.view, switch_of(method), Means()
+        if getattr(method, "bridge", None) is None and self.student.visual_widths != self.teacher.visual_widths:
+            raise BadInput(
+                f"evaluate: switch-route needs vision that the teacher's projector takes; student {list(self.student.visual_widths)}, "
+                f"teacher {list(self.teacher.visual_widths)}, and method {method.name!r} has no bridge: leave it out of `evaluate`"
+            )
 
     def update(self, batch: Batch) -> None:
         inputs = teacher_side(batch)

@@ -18,7 +18,6 @@ from PIL import Image
 
 import limbeck as lb
 from limbeck.data.loading import load_data
-from limbeck.engine.run import evaluate, probe_run
 
 
 def recipe(given: argparse.Namespace) -> dict[str, Any]:
@@ -76,10 +75,10 @@ def main() -> None:
     print(f"validation: {', '.join(f'{name} {value:.3f}' for name, value in run.validation.items())}")
 
     # The same numbers again, from what is on disk: `limbeck evaluate OUT --split val`.
-    print(f"measured again: accuracy {evaluate(given.out, split='val')['accuracy']:.3f}")
+    print(f"measured again: accuracy {lb.evaluate_run(given.out, split='val')['accuracy']:.3f}")
 
     # `limbeck probe OUT`
-    probed = probe_run(given.out)
+    probed = lb.probe_run(given.out)
     for vision, by_language in probed.accuracy.items():
         shares = (f"{who} language {'-' if share is None else format(share, '.3f')}" for who, share in by_language.items())
         print(f"{vision} vision: {', '.join(shares)}")

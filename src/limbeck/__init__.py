@@ -21,7 +21,8 @@ _HOMES = {
     "distill": "limbeck.engine.run",
     "run": "limbeck.engine.run",
     "resume": "limbeck.engine.run",
-    "evaluate": "limbeck.engine.run",
+    "evaluate_run": "limbeck.engine.run",
+    "probe_run": "limbeck.engine.run",
     "Run": "limbeck.engine.run",
     "bench": "limbeck.engine.bench",
     "load_recipe": "limbeck.engine.recipe",
@@ -55,10 +56,11 @@ __all__ = [
     "compose",
     "create",
     "distill",
-    "evaluate",
+    "evaluate_run",
     "list_methods",
     "load_recipe",
     "load_vlm",
+    "probe_run",
     "resume",
     "run",
 ]
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
     from limbeck.batch import Batch
     from limbeck.engine.bench import bench
     from limbeck.engine.recipe import load_recipe
-    from limbeck.engine.run import Run, distill, evaluate, resume, run
+    from limbeck.engine.run import Run, distill, evaluate_run, probe_run, resume, run
     from limbeck.errors import BadInput, LimbeckError
     from limbeck.methods.base import Losses, Method, Stage
     from limbeck.methods.compose import CE, KD, Cosine, Hint, compose

@@ -118,8 +118,11 @@ def test_run_resume_evaluate_compare_probe(limbeck, recipe_file, tmp_path):
 
     status, _, error = limbeck("run", recipe_file, "--out", run)
     assert status == 2
-    assert "holds another run" in error
-    assert "limbeck resume" in error
+    assert "holds another run, which is finished" in error
+    (run / "result.json").unlink()
+    status, _, error = limbeck("run", recipe_file, "--out", run)
+    assert status == 2
+    assert f"limbeck resume {run}" in error
 
 
 def test_the_student_loads_in_transformers(limbeck, recipe_file, tmp_path):
@@ -296,6 +299,30 @@ def test_no_secret_reaches_a_run_folder(limbeck, recipe_file, tmp_path, monkeypa
 
 def test_what_cannot_be_measured_is_refused_before_training(refused, recipe_file):
     narrow = ("--student.options", "{vision_width: 40}", "--method", "{name: kd}")
-    refused("run", recipe_file, *narrow, says="leave it out of `evaluate`")  # the switch route of evaluate, not the method, needs one width
+    refused(
+        "run", recipe_file, *narrow, says="leave it out of `evaluate`"
+    )  # the switch route of evaluate, not the method, needs one width
     refused("run", recipe_file, "--train.select.metric", "acuracy", says="did you mean 'accuracy'?")
     refused("run", recipe_file, "--method", "{name: sft}", "--teacher", "null", says="needs a teacher")
+    refused("run", recipe_file, "--data.scenes", 10, "--train.micro_batch_size", 16, says="10 samples")
+    misnamed = "[{name: eyes, trainable: [student.model.visal*]}]"
+    refused("run", recipe_file, "--train.stages", misnamed, says="no trainable parameter matches")
+    blind = "[{name: projector, trainable: ['student.model.multi_modal_projector*']}]"
+    refused("run", recipe_file, "--train.stages", blind, says="carries no gradient")
+
+
+def test_rows_without_a_picture_may_come_first(limbeck, recipe_file, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "a.png")
+    ask = {"question": "what is the largest digit?", "answer": "3"}
+    path = rows(tmp_path, *([ask] * 3), *([{"image": "a.png", **ask}] * 5))
+    arguments = (*user_data(recipe_file, path), "--out", tmp_path / "run", "--evaluate", "[vqa-accuracy]", "--train.steps", 2)
+    assert limbeck(*arguments, "--train.evaluate_every", 0, "--quiet")[0] == 0
+
+
+def test_a_teacher_at_chance_is_said_in_words(limbeck, recipe_file, tmp_path):
+    arguments = ("--evaluate", "[vqa-accuracy, teacher-agreement]", "--train.steps", 1, "--quiet")
+    status, _, error = limbeck("run", recipe_file, "--out", tmp_path / "run", *arguments)
+    assert status == 0
+    assert "the teacher is at chance" in error

@@ -43,10 +43,9 @@ def command(
 
 def print_bench(result: dict[str, Any]) -> None:
     """The arms, then the method's paired difference to each."""
-    metrics = [
-        m for m in next(iter(result["arms"].values())) if "/" not in m and m not in ("parameters", "latency_ms", "seconds")
-    ]
     costs = ("parameters", "latency_ms", "seconds")
+    measured = next(iter(result["arms"].values()))
+    metrics = [name for name in measured if "/" not in name and name not in (*costs, "teacher_accuracy")]
     rows = []
     teacher = result["teacher"]
     if teacher:
@@ -58,18 +57,23 @@ def print_bench(result: dict[str, Any]) -> None:
         cells = [spread(arm.get(m)) for m in metrics]
         means = [arm[c]["mean"] if c in arm else None for c in costs]
         rows.append((name, *cells, count(means[0]), number(means[1], 2), number(means[2], 1)))
-    head = ("", *(m.replace("_", " ") for m in metrics), "parameters", "latency ms", "train s")
+    head = ("", *map(heading, metrics), "parameters", "latency ms", "train s")
     print_table(head, rows, right=range(1, len(head)))
     gains = [
-        (f"{result['method']} - {name}", metric.replace("_", " "), f"{d['mean']:+.3f}", interval(d))
+        (f"{result['method']} - {name}", heading(metric), f"{d['mean']:+.3f}", interval(d))
         for name, differences in result["paired"].items()
         for metric, d in differences.items()
         if metric in metrics
     ]
     print_table(("paired by seed", "metric", "mean", "95 % interval"), gains, right=(2,))
-    print(f"{result['seeds']} seeds, {result['split']} split; runs:")
+    print(f"{result['seeds']} seed{'s' if result['seeds'] > 1 else ''}, {result['split']} split; runs:")
     for name in order:
         print(f"  {name}: {result['runs'][name][0]}" + (f" ... {result['runs'][name][-1]}" if result["seeds"] > 1 else ""))
+
+
+def heading(metric: str) -> str:
+    """A metric's name as short as a column: "switch route", "teacher agreement"."""
+    return metric.replace("_", " ").removesuffix(" accuracy")
 
 
 def spread(cell: dict[str, Any] | None) -> str:

@@ -19,9 +19,9 @@ def command(
 
     Example: limbeck evaluate runs/first --split test --protocol teacher-agreement
     """
-    from limbeck.engine.run import evaluate
+    from limbeck.engine.run import evaluate_run
 
-    metrics = evaluate(folder, split=split, names=protocol or None)
+    metrics = evaluate_run(folder, split=split, names=protocol or None)
     if json:
         print_json(metrics)
         return

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+
+WIDE = 240  # columns, where standard output is a file or a pipe: nothing is folded there
 
 
 def print_json(value: Any) -> None:
@@ -21,10 +25,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
 
     table = Table(box=SIMPLE, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(soft_wrap=False).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Distil what a recipe describes.
 
-    Example: limbeck run switch-kd --out runs/first --train.epochs 3
+    Example: limbeck run switch-kd --out runs/first --train.steps 200
     """
     if dry_run:
         from limbeck.engine.plan import plan, print_plan

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
+from itertools import islice
 from typing import Any
 
 import torch
@@ -156,6 +157,12 @@ class VQADataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def typical(self) -> list[int]:
+        """Two samples to try models on: with a picture, where any has one."""
+        pictured = (index for index, record in enumerate(self.records) if record.images)
+        return list(islice(pictured, 2)) or list(range(min(2, len(self))))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``id``, ``kind``, ``student`` and, where the teacher's processor differs, ``teacher``: see `ConversationEncoder`.

@@ -314,12 +314,13 @@ def _stages(recipe: Recipe, method: Method, lengths: Mapping[str, int | None], a
             )
         each = assumed.devices * (config.micro_batch_size or 1)
         if batch % each:
-            micro = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
+            pieces = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
             raise BadInput(
-                f"batch_size {batch} cannot be shared by {assumed.devices} devices{micro}: choose a multiple of {each}"
+                f"batch_size {batch} cannot be shared by {assumed.devices} devices{pieces}: choose a multiple of {each}"
             )
         steps = stage_steps(config, given, (samples or 0) // batch)
-        yield PlannedStage(stage.name, stage.trainable, stage.weights, None, batch, steps, given.lr or config.lr, 0)
+        micro = config.micro_batch_size or batch // assumed.devices
+        yield PlannedStage(stage.name, stage.trainable, stage.weights, None, batch, micro, steps, given.lr or config.lr, 0)
 
 
 def _stage_row(

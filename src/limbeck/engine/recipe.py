@@ -194,6 +194,8 @@ def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def model(spec: Any) -> Any:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             return spec
+        if isinstance(spec.get("weights"), str):
+            spec = {**spec, "weights": str((folder / spec["weights"]).resolve())}
         here = folder / spec["name"]
         if spec.get("source") == "recipe" or (spec.get("source") == "transformers" and here.is_dir()):
             return {**spec, "name": str(here.resolve())}

@@ -30,8 +30,8 @@ from limbeck.engine.checkpoint import write_atomically
 from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.task import EVALUATION_BATCH, Task, bare_module, build_task, cache_folder, validator
-from limbeck.engine.trainer import Evaluate, Trainer
+from limbeck.engine.task import EVALUATION_BATCH, Task, bare_module, build_task, cache_folder, load_model, validator
+from limbeck.engine.trainer import PRECISION, Evaluate, Trainer, forget_accelerator
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
 from limbeck.evaluate.cost import latency, parameters
@@ -103,13 +103,13 @@ def resume(folder: str | Path, *, quiet: bool = False) -> Run:
     return finish(trainer, task, resume=True)
 
 
-def evaluate(folder: str | Path, *, split: str = "test", names: Sequence[str] | None = None) -> dict[str, float]:
+def evaluate_run(folder: str | Path, *, split: str = "test", names: Sequence[str] | None = None) -> dict[str, float]:
     """Measure the student of a finished run on a split. names: protocols, else the recipe's."""
     task, accelerator = reopen(folder)
     task.batches(split)
     if names:
         task.protocols = tuple(names)
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         return task.measure(task.method, accelerator, split=split)
 
 
@@ -119,16 +119,25 @@ def reopen(folder: str | Path) -> tuple[Task, Accelerator]:
     if not (folder / "student").is_dir():
         raise BadInput(f"{folder} has no student yet: finish it with `limbeck resume {folder}`")
     recipe = load_recipe(folder / "recipe.yaml")
-    student = load_vlm("transformers", str(folder / "student"))
-    task = build_task(recipe, student=student)
+    task = build_task(recipe, student=trained_student(folder, recipe))
     adapters = folder / "adapters.safetensors"
     if adapters.exists():
         task.method.load_state_dict(load_file(adapters), strict=False)
-    accelerator = Accelerator()
+    forget_accelerator()
+    accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision])
     task.method.to(accelerator.device).eval()
     if task.teacher is not None:
         bare_module(task.teacher).to(accelerator.device)
     return task, accelerator
+
+
+def trained_student(folder: Path, recipe: Recipe) -> VLM | nn.Module:
+    """The student that a run wrote, by the library that it came from."""
+    if (folder / "student" / "config.json").exists():
+        return load_vlm("transformers", str(folder / "student"), dtype="float32")
+    student = load_model(recipe.student, recipe.train.seed)
+    bare_module(student).load_state_dict(load_file(folder / "student" / "model.safetensors"))
+    return student
 
 
 def probe_run(folder: str | Path, *, split: str = "val") -> ProbeResult:
@@ -138,7 +147,8 @@ def probe_run(folder: str | Path, *, split: str = "val") -> ProbeResult:
         raise BadInput(f"{folder}: a probe needs a vision-language student and teacher; this recipe has no such teacher")
     switched = protocols.switch_of(task.method)
     view: Any = task.method.view
-    return probe(task.batches(split), view, task.teacher, switched=switched, device=accelerator.device)
+    with accelerator.autocast():
+        return probe(task.batches(split), view, task.teacher, switched=switched, device=accelerator.device)
 
 
 def distill(
@@ -189,6 +199,12 @@ def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
     validation = trainer.fit(resume=resume)
     seconds = time.perf_counter() - started
     test = trainer.measured(partial(task.measure, split="test")) if "test" in task.held_out else {}
+    measured, chance = test or validation, task.commonest_answer("test" if test else "val")
+    if measured.get("teacher_accuracy", 1.0) <= chance:
+        trainer.progress.warn(
+            f"the teacher is at chance: it is right on {measured['teacher_accuracy']:.1%} of the answers, always giving the commonest "
+            f"one is right on {chance:.1%}; are its weights, its prompt and its pictures what it was trained on?"
+        )
     folder = trainer.out
     if trainer.accelerator.is_main_process:
         save_student(task.method, folder)
@@ -221,8 +237,11 @@ def costs(task: Task, folder: Path) -> dict[str, Any]:
 def claim(folder: Path) -> None:
     """Refuse a folder that holds another run (or anything else)."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds another run" if (folder / "recipe.yaml").exists() else "is not empty"
-        raise BadInput(f"{folder} {what}: choose another --out, or continue it with `limbeck resume {folder}`")
+        if (folder / "result.json").exists():
+            raise BadInput(f"{folder} holds another run, which is finished: choose another --out")
+        if (folder / "recipe.yaml").exists():
+            raise BadInput(f"{folder} holds another run: choose another --out, or continue it with `limbeck resume {folder}`")
+        raise BadInput(f"{folder} is not empty: choose another --out")
     processes().wait_for_everyone()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,11 +64,18 @@ class Task:
         samples = self.held_out["val"]
         batch = self.collate([samples[index] for index in range(min(2, len(samples)))])
         measured = trainer.measured(
-            lambda method, accelerator: protocols.evaluate(self.protocols, [batch], method, self.teacher, device=accelerator.device)
+            lambda method, accelerator: protocols.evaluate(
+                self.protocols, [batch], method, self.teacher, device=accelerator.device
+            )
         )
         wanted = trainer.config.select.metric
         if wanted not in measured:
             raise BadInput(f"train.select.metric {wanted!r} is not measured by evaluate: {nearest(wanted, measured)}")
+
+    def commonest_answer(self, split: str) -> float:
+        """The share of the commonest answer among a split's: what a model without eyes reaches. 0 where there are no answers."""
+        answers = Counter(turns[-1][1] for record in getattr(self.held_out.get(split), "records", ()) if (turns := record.turns))
+        return max(answers.values()) / answers.total() if answers else 0.0
 
     def batches(self, split: str, device_batch: int = EVALUATION_BATCH) -> Any:
         """The batches of a held-out split, in order."""

@@ -55,13 +55,14 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage with every number resolved. batch_size: over all processes; steps: optimiser steps."""
+    """One stage with every number resolved. batch_size: over all processes; micro: of a process at a time; steps: optimiser steps."""
 
     name: str
     trainable: tuple[str, ...]
     weights: Mapping[str, float]
     dataset: Any
     batch_size: int
+    micro: int
     steps: int
     lr: float
     evaluate_every: int
@@ -120,13 +121,19 @@ class Trainer:
         for stage, given in match_stages(self.method.stages(), config.stages):
             dataset = data.get(stage.name, data.get("train")) if isinstance(data, Mapping) else data
             batch_size = check_trainable(dataset, given.batch_size or config.batch_size)
-            if batch_size % world:
-                raise BadInput(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
+            micro = config.micro_batch_size or max(1, batch_size // world)
+            if batch_size % (micro * world):
+                raise BadInput(
+                    f"stage {stage.name!r}: a batch of {batch_size} samples (the data has {len(dataset)}) is not a multiple of "
+                    f"micro_batch_size {micro} x {world} process(es)"
+                )
             per_epoch = len(dataset) // batch_size
             steps = stage_steps(config, given, per_epoch)
             every = per_epoch if config.evaluate_every is None else config.evaluate_every
             planned.append(
-                PlannedStage(stage.name, stage.trainable, stage.weights, dataset, batch_size, steps, given.lr or config.lr, every)
+                PlannedStage(
+                    stage.name, stage.trainable, stage.weights, dataset, batch_size, micro, steps, given.lr or config.lr, every
+                )
             )
         return planned
 
@@ -145,15 +152,30 @@ class Trainer:
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
         first = self.plan[0]
-        items = [first.dataset[index] for index in range(min(2, len(first.dataset)))]
+        typical = getattr(first.dataset, "typical", range(min(2, len(first.dataset))))  # samples that show what a batch can hold
+        items = [first.dataset[index] for index in typical]
         batch = send_to_device(self.collate(items), device)
         with torch.no_grad(), self.accelerator.autocast():
             self.method.eval()
             self.method.prepare(batch)
         self.method.to(device)
+        self._rehearse(batch)
         if self.config.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
             self.ema = torch.optim.swa_utils.AveragedModel(self.method.student, multi_avg_fn=average, use_buffers=True)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Enter every stage that trains a part, and ask it for its losses once: what it cannot train is refused here."""
+        for stage in self.plan:
+            if stage.trainable == ("*",):
+                continue
+            own_weights, frozen = self.method.weights, choose_trainable(self.method, stage)
+            self.method.weights = {**own_weights, **stage.weights}
+            with torch.enable_grad(), self.accelerator.autocast():
+                self.method(batch)
+            self.method.weights = own_weights
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     # -- the crank -------------------------------------------------------------------------------------------------------------------
 
@@ -195,14 +217,9 @@ class Trainer:
         model, optimizer = accelerator.prepare(self.method, optimizer)
         if checkpoint is not None:
             self._restore_stage(checkpoint, model, optimizer)
-        micro = config.micro_batch_size or stage.batch_size // accelerator.num_processes
-        if stage.batch_size % (micro * accelerator.num_processes):
-            raise BadInput(
-                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro} x {accelerator.num_processes} processes"
-            )
-        pieces = stage.batch_size // (micro * accelerator.num_processes)
+        pieces = stage.batch_size // (stage.micro * accelerator.num_processes)
         sampler = StepSampler(
-            len(stage.dataset), stage.batch_size, micro, seed=config.seed, rank=accelerator.process_index,
+            len(stage.dataset), stage.batch_size, stage.micro, seed=config.seed, rank=accelerator.process_index,
             world=accelerator.num_processes, start=self.position.in_stage, stop=stage.steps,
         )  # fmt: skip
         batches = iter(training_loader(stage.dataset, self.collate, sampler, seed=config.seed, workers=config.workers))
@@ -285,7 +302,7 @@ class Trainer:
             raise BadInput(f"train.select.metric {select.metric!r} is not measured; {nearest(select.metric, metrics)}")
         value = metrics[select.metric]
         better = position.best_value is None or (
-            value > position.best_value if select.mode == "max" else value < position.best_value
+            value >= position.best_value if select.mode == "max" else value <= position.best_value
         )
         if better:
             position.best_step, position.best_value = position.step, value

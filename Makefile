@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torchvision's wheel is linked against CUDA: beside a CPU torch, transformers could not be imported any more. So torchvision and timm
+# stand apart, where only the tests look (limbeck.models.loading.ensure_torchvision makes them importable there).
+VISION := $(VENV)/vision
 
 .PHONY: setup demo test lint docs clean
 
@@ -14,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchvision
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VISION) torchvision timm
 	touch $(STAMP)
 
 DEMO_OUT ?= runs/demo
@@ -26,7 +29,7 @@ demo: setup
 	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck probe $(DEMO_OUT)/bench/switch-kd/seed-0
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

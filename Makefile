@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 DEMO_OUT ?= runs/demo
 demo: setup
-	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck bench switch-kd --seeds 1 --jobs 2 --out $(DEMO_OUT)/bench
+	$(BIN)/limbeck bench switch-kd --seeds 1 --jobs 2 --out $(DEMO_OUT)
 	@echo
-	@echo "Where do the student's errors come from? (limbeck probe $(DEMO_OUT)/bench/switch-kd/seed-0)"
-	LIMBECK_CACHE=$(DEMO_OUT)/cache $(BIN)/limbeck probe $(DEMO_OUT)/bench/switch-kd/seed-0
+	@echo "Where do the student's errors come from? (limbeck probe $(DEMO_OUT)/switch-kd/seed-0)"
+	$(BIN)/limbeck probe $(DEMO_OUT)/switch-kd/seed-0
 
 test: setup lint
 	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

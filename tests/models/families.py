@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -266,6 +267,7 @@ def _paligemma(sizes: Sizes) -> tuple[Any, dict[str, Tensor]]:
 
 def _fast_vlm(sizes: Sizes) -> tuple[Any, dict[str, Tensor]]:
     """FastViT as its transformers config names it, with one block a stage; 64 pixels give 2 x 2 tokens."""
+    pytest.importorskip("timm", reason="FastVLM sees through timm")
     width = sizes["vision_width"]
     fastvit = {"layers": [1, 1, 1, 1], "embed_dims": [width // 8, width // 8, width // 4, width // 2], "inference_mode": True}
     vision = {

@@ -43,21 +43,21 @@ def command(
 
 def print_bench(result: dict[str, Any]) -> None:
     """The arms, then the method's paired difference to each."""
-    costs = ("parameters", "latency_ms", "seconds")
     measured = next(iter(result["arms"].values()))
-    metrics = [name for name in measured if "/" not in name and name not in (*costs, "teacher_accuracy")]
+    metrics = [name for name in measured if "/" not in name and name not in ("parameters", "seconds", "teacher_accuracy")]
     rows = []
-    teacher = result["teacher"]
+    teacher, speed = result["teacher"], result["latency_ms"]
     if teacher:
-        cells = [number(teacher.get(m)) for m in metrics]
-        rows.append(("teacher", *cells, count(teacher.get("parameters")), number(teacher.get("latency_ms"), 2), "-"))
+        cells = [number(teacher.get(metric)) for metric in metrics]
+        rows.append(("teacher", *cells, count(teacher["parameters"]), number(speed.get("teacher"), 2), "-"))
     order = [name for name in result["arms"] if name != result["method"]] + [result["method"]]
     for name in order:
         arm = result["arms"][name]
-        cells = [spread(arm.get(m)) for m in metrics]
-        means = [arm[c]["mean"] if c in arm else None for c in costs]
-        rows.append((name, *cells, count(means[0]), number(means[1], 2), number(means[2], 1)))
-    head = ("", *map(heading, metrics), "parameters", "latency ms", "train s")
+        cells = [spread(arm.get(metric)) for metric in metrics]
+        rows.append(
+            (name, *cells, count(arm["parameters"]["mean"]), number(speed.get(name), 2), number(arm["seconds"]["mean"], 1))
+        )
+    head = ("", *map(heading, metrics), "parameters", "CPU ms", "train s")
     print_table(head, rows, right=range(1, len(head)))
     gains = [
         (f"{result['method']} - {name}", heading(metric), f"{d['mean']:+.3f}", interval(d))

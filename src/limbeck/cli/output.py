@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-
 WIDE = 240  # columns, where standard output is a file or a pipe: nothing is folded there
 
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.run import environment, run
-from limbeck.engine.task import load_teacher
+from limbeck.engine.run import environment, run, trained_student, with_inputs
+from limbeck.engine.task import build_task, load_teacher
 from limbeck.errors import BadInput
+from limbeck.evaluate.cost import latencies
 from limbeck.models.vlm import VLM
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's.
@@ -45,7 +46,7 @@ def bench(
     Finished runs in ``out`` are read, not repeated, so that an interrupted bench goes on. jobs: runs at a time, each in a process with
     its share of the cores; the results are those of one after the other. Returns
     ``{"method", "arms": {arm: {metric: {"mean", "std", "values"}}}, "paired": {arm: {metric: {"mean", "low", "high"}}}, "teacher",
-    "runs", "environment"}``; paired is method minus arm, by seed, with a 95 % t interval (null for one seed).
+    "latency_ms", "runs", "environment"}``; paired is method minus arm, by seed, with a 95 % t interval (null for one seed).
     """
     if seeds < 1:
         raise BadInput(f"bench needs at least 1 seed, got {seeds}")
@@ -74,6 +75,7 @@ def bench(
             if name != recipe.method.name
         },
         "teacher": teacher_row(results),
+        "latency_ms": arm_latencies(recipe, {name: paths[name, 0] for name in arms}, teacher),
         "runs": {name: [str(folder / name / f"seed-{seed}") for seed in range(seeds)] for name in arms},
         "environment": environment(),
     }
@@ -121,10 +123,10 @@ def share_cores(jobs: int) -> None:
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that a bench compares: those of the test split where there is one, and what the student costs."""
-    student = result.get("student", {})
+    student = result["student"]
     return {
         **(result["test"] or result["validation"]),
-        **{name: float(value) for name, value in student.items()},
+        "parameters": float(student["parameters"]),
         "seconds": result["seconds"],
     }
 
@@ -155,14 +157,19 @@ def paired(values: Sequence[float], controls: Sequence[float]) -> dict[str, floa
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def arm_latencies(recipe: Recipe, folders: Mapping[str, Path], teacher: VLM | nn.Module | None) -> dict[str, float]:
+    """Milliseconds of one forward on the CPU: the teacher's and each arm's first student's, in turns in this process."""
+    students = {name: trained_student(path, recipe) for name, path in folders.items()}
+    task = build_task(recipe, teacher, next(iter(students.values())))
+    readers = {name: view for name, view in {"teacher": task.teacher, **students}.items() if isinstance(view, VLM)}
+    for view in readers.values():
+        view.model.to("cpu").eval()
+    return latencies(with_inputs(task, readers))
+
+
 def teacher_row(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The teacher's accuracy and costs, as some arm's run measured them."""
-    for rows in results.values():
-        for row in rows:
-            if "teacher" in row:
-                measured = row["test"] or row["validation"]
-                found = dict(row["teacher"])
-                if "teacher_accuracy" in measured:
-                    found["accuracy"] = measured["teacher_accuracy"]
-                return found
+    """The teacher's accuracy and parameters, as some arm's run measured them."""
+    for row in (row for rows in results.values() for row in rows if "teacher" in row):
+        accuracy = (row["test"] or row["validation"]).get("teacher_accuracy")
+        return {"parameters": row["teacher"]["parameters"], **({} if accuracy is None else {"accuracy": accuracy})}
     return {}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from limbeck import __version__
-from limbeck.batch import Batch
+from limbeck.batch import Batch, teacher_side
 from limbeck.engine.batches import collate_pairs, evaluation_loader
 from limbeck.engine.checkpoint import write_atomically
 from limbeck.engine.config import TrainConfig
@@ -34,7 +34,7 @@ from limbeck.engine.task import EVALUATION_BATCH, Task, bare_module, build_task,
 from limbeck.engine.trainer import PRECISION, Evaluate, Trainer, forget_accelerator
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
-from limbeck.evaluate.cost import latency, parameters
+from limbeck.evaluate.cost import latencies, parameters
 from limbeck.evaluate.probe import ProbeResult, probe
 from limbeck.methods.base import Method
 from limbeck.models.loading import load_vlm, quiet_bars
@@ -208,30 +208,38 @@ def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
     folder = trainer.out
     if trainer.accelerator.is_main_process:
         save_student(task.method, folder)
-        result = {"validation": validation, "test": test, "seconds": seconds, "steps": trainer.total_steps, **costs(task, folder)}
+        result = {"validation": validation, "test": test, "seconds": seconds, "steps": trainer.total_steps, **costs(task)}
         write_atomically(folder / "result.json", json.dumps(result, indent=1))
     trainer.accelerator.wait_for_everyone()
     trainer.progress.note(f"student: {folder / 'student'}")
     return Run(folder, task.method, validation, test)
 
 
-def costs(task: Task, folder: Path) -> dict[str, Any]:
+def costs(task: Task) -> dict[str, Any]:
     """Parameters and latency of the student and of the teacher."""
-    found: dict[str, Any] = {}
-    split = next(iter(task.held_out), None)
-    sample = task.collate([task.held_out[split][0]]) if split else None
     views = {"student": getattr(task.method, "view", task.method.student), "teacher": task.teacher}
-    for name, view in views.items():
-        if view is None:
-            continue
-        model = bare_module(view)
-        found[name] = {"parameters": parameters(model)}
-        if isinstance(view, VLM) and sample is not None:
-            device = next(model.parameters()).device
-            side = sample[name] if name in sample else sample["student"]
-            inputs = {key: value.to(device) for key, value in side.items() if isinstance(value, torch.Tensor)}
-            found[name]["latency_ms"] = latency(view, inputs)
+    found: dict[str, Any] = {
+        name: {"parameters": parameters(bare_module(view))} for name, view in views.items() if view is not None
+    }
+    readers = {name: view for name, view in views.items() if isinstance(view, VLM)}
+    for name, milliseconds in latencies(with_inputs(task, readers)).items():
+        found[name]["latency_ms"] = milliseconds
     return found
+
+
+def with_inputs(task: Task, readers: Mapping[str, VLM]) -> dict[str, tuple[VLM, dict[str, torch.Tensor]]]:
+    """Each model with what it reads of one held-out sample, on its device; "teacher" reads the teacher's side. Empty without samples."""
+    split = next(iter(task.held_out), None)
+    if split is None:
+        return {}
+    sample = task.collate([task.held_out[split][0]])
+
+    def side(name: str, view: VLM) -> dict[str, torch.Tensor]:
+        inputs = teacher_side(sample) if name == "teacher" else sample["student"]
+        device = next(view.model.parameters()).device
+        return {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+    return {name: (view, side(name, view)) for name, view in readers.items()}
 
 
 def claim(folder: Path) -> None:

@@ -553,7 +553,7 @@ def choose_trainable(method: Method, stage: PlannedStage) -> list[nn.Parameter]:
 
 
 def build_optimizer(method: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW or SGD, fused; no weight decay on vectors (biases, norms)."""
+    """AdamW or SGD, fused where torch has it; no weight decay on vectors (biases, norms)."""
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if not parameters:
         raise BadInput("nothing to train: every parameter of the student is frozen")
@@ -562,9 +562,10 @@ def build_optimizer(method: nn.Module, config: TrainConfig, lr: float) -> torch.
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
 
 def schedule(config: TrainConfig, step: int, steps: int) -> float:

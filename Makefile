@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 DEMO_OUT ?= runs/demo
 demo: setup
-	$(BIN)/limbeck bench switch-kd --seeds 1 --jobs 2 --out $(DEMO_OUT)
+	$(BIN)/limbeck bench switch-kd --seeds 1 --out $(DEMO_OUT)
 	@echo
 	@echo "Where do the student's errors come from? (limbeck probe $(DEMO_OUT)/switch-kd/seed-0)"
 	$(BIN)/limbeck probe $(DEMO_OUT)/switch-kd/seed-0

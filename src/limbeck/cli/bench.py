@@ -19,12 +19,14 @@ def command(
         None, help="Where the runs go; an interrupted bench goes on there. Default runs/bench-<time>."
     ),
     json: Path | None = typer.Option(None, "--json", help="Write the result as JSON to this file; - for standard output."),
-    jobs: int = typer.Option(1, min=1, help="Runs at a time, each in a process with its share of the cores."),
+    jobs: int | None = typer.Option(
+        None, min=1, help="Runs at a time, each in a process; default 1, or one a core for embedded models on a CPU."
+    ),
     quiet: bool = typer.Option(False, "--quiet", help="Warnings only on standard error."),
 ) -> None:
     """Train a recipe's method and its controls over seeds; means, deviations and paired 95 % intervals.
 
-    Example: limbeck bench switch-kd --seeds 5 --jobs 2 --json out.json
+    Example: limbeck bench switch-kd --seeds 5 --json out.json
     """
     from limbeck.engine.bench import bench
 

@@ -37,14 +37,15 @@ def bench(
     seeds: int = 3,
     out: str | Path,
     overrides: Sequence[str] = (),
-    jobs: int = 1,
+    jobs: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train every arm of a recipe over seeds 0..seeds-1 and compare them on held-out data.
 
     A seed draws the student's initial weights, the training data where the recipe makes it, and the order of batches; the teacher is one.
     Finished runs in ``out`` are read, not repeated, so that an interrupted bench goes on. jobs: runs at a time, each in a process with
-    its share of the cores; the results are those of one after the other. Returns
+    its share of the cores; the default is one a core for the embedded models, which are too small for threads, without a GPU, else 1.
+    Returns
     ``{"method", "arms": {arm: {metric: {"mean", "std", "values"}}}, "paired": {arm: {metric: {"mean", "low", "high"}}}, "teacher",
     "latency_ms", "runs", "environment"}``; paired is method minus arm, by seed, with a 95 % t interval (null for one seed).
     """
@@ -59,6 +60,8 @@ def bench(
     teacher = load_teacher(recipe.teacher) if recipe.teacher else None
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}
     missing = [(arms[name].with_seed(seed), path) for (name, seed), path in paths.items() if not (path / "result.json").exists()]
+    alone = torch.cuda.is_available() or recipe.student.source != "tiny"
+    jobs = jobs or (1 if alone else os.cpu_count() or 1)
     for number, path in enumerate(train_all(missing, jobs, teacher), 1):
         progress.note(f"{number} of {len(missing)} runs: {path}")
     results = {name: [json.loads((paths[name, seed] / "result.json").read_text()) for seed in range(seeds)] for name in arms}

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # torchvision's wheel is linked against CUDA: beside a CPU torch, transformers could not be imported any more. So torchvision and timm
 # stand apart, where only the tests look (limbeck.models.loading.ensure_torchvision makes them importable there).
-VISION := $(VENV)/vision
+VISION := $(CURDIR)/$(VENV)/vision
 
 .PHONY: setup demo test lint docs clean
 

@@ -24,7 +24,7 @@ def test_a_vision_language_model_is_marked_where_it_is_switched() -> None:
         "language": "model.language_model",
         "head": "lm_head",
     }
-    assert marked["projector (visual switch)"]["shape"] == "[1, 16, 32]"
+    assert marked["projector (visual switch)"]["shape"] == "[1, 16, 48]"
 
 
 def test_every_point_can_be_tapped_under_its_name() -> None:

@@ -49,7 +49,7 @@ def main() -> None:
 
     lb.distill(lb.compose(None, teacher, [lb.CE()]), train_data, eval_data=val_data, epochs=10, out="runs/teacher")
     method = lb.compose(teacher, student, [lb.CE(), lb.KD(temperature=4), lb.Hint("body", "body", weight=0.5)])
-    run = lb.distill(method, train_data, eval_data=val_data, epochs=10, out="runs/first")
+    run = lb.distill(method, train_data, eval_data=val_data, epochs=30, lr=5e-3, out="runs/first")
 
     print(f"teacher {accuracy(teacher, test_data):.1%}, student {accuracy(run.student, test_data):.1%} on held-out digits")
 

@@ -161,15 +161,17 @@ def distill(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     quiet: bool = False,
+    lr: float = 1e-3,
     **train: Any,
 ) -> Run:
     """Train any `Method` on any map-style dataset.
 
     train_data, eval_data: datasets of (image, label) pairs or mappings of tensors; other items need ``collate``. evaluate: called with
-    (method, accelerator) on validation data; the default measures the accuracy of the student on ``eval_data``. train: the keywords of
-    `limbeck.engine.config.TrainConfig` (epochs, batch_size, lr, precision, ...). resume: go on from the newest checkpoint in ``out``.
+    (method, accelerator) on validation data; the default measures the accuracy of the student on ``eval_data``. lr: peak learning rate;
+    the default suits modules that start from random weights, a pretrained student wants less. train: the other keywords of
+    `limbeck.engine.config.TrainConfig` (epochs, batch_size, precision, ...). resume: go on from the newest checkpoint in ``out``.
     """
-    config = validated(TrainConfig, train, "distill")
+    config = validated(TrainConfig, {"lr": lr, **train}, "distill")
     folder = Path(out)
     if not resume:
         claim(folder)

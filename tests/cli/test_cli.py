@@ -326,3 +326,15 @@ def test_a_teacher_at_chance_is_said_in_words(limbeck, recipe_file, tmp_path):
     status, _, error = limbeck("run", recipe_file, "--out", tmp_path / "run", *arguments)
     assert status == 0
     assert "the teacher is at chance" in error
+
+
+@pytest.mark.filterwarnings("ignore:the visual switch goes through")
+def test_a_bridged_run_is_measured_again_as_it_was(limbeck, recipe_file, tmp_path):
+    run = tmp_path / "run"
+    narrow = ("--student.options", "{patch_size: 8, vision_width: 40}", "--method", "{name: switch-kd, bridge: linear}")
+    status, out, _ = limbeck("run", recipe_file, "--out", run, *narrow, "--json", "--quiet")
+    assert status == 0
+    status, again, _ = limbeck("evaluate", run, "--json")
+    assert status == 0
+    assert json.loads(again) == pytest.approx(json.loads(out)["test"])
+    assert limbeck("probe", run)[0] == 0

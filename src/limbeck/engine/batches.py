@@ -133,6 +133,12 @@ class _Fixed(Sampler[list[tuple[int, int]]]):
         return len(self.batches)
 
 
+def typical_batch(dataset: Any, collate: Callable[[list[Any]], Any]) -> Batch:
+    """A batch to try a method on: the samples that a dataset calls ``typical`` of what its batches hold, else the first two."""
+    typical = getattr(dataset, "typical", range(min(2, len(dataset))))
+    return collate([dataset[index] for index in typical])
+
+
 def check_trainable(dataset: Any, batch_size: int) -> int:
     """The batch size that this dataset allows; `BadInput` for an empty dataset or one without a length."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):

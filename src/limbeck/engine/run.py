@@ -25,7 +25,7 @@ from torch import nn
 
 from limbeck import __version__
 from limbeck.batch import Batch, teacher_side
-from limbeck.engine.batches import collate_pairs, evaluation_loader
+from limbeck.engine.batches import collate_pairs, evaluation_loader, typical_batch
 from limbeck.engine.checkpoint import write_atomically
 from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
@@ -122,6 +122,8 @@ def reopen(folder: str | Path) -> tuple[Task, Accelerator]:
     task = build_task(recipe, student=trained_student(folder, recipe))
     adapters = folder / "adapters.safetensors"
     if adapters.exists():
+        with torch.no_grad():
+            task.method.prepare(typical_batch(task.data["train"], task.collate))
         task.method.load_state_dict(load_file(adapters), strict=False)
     forget_accelerator()
     accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision])

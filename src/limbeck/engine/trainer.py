@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from limbeck.engine.batches import StepSampler, check_trainable, collate_pairs, training_loader
+from limbeck.engine.batches import StepSampler, check_trainable, collate_pairs, training_loader, typical_batch
 from limbeck.engine.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -152,9 +152,7 @@ class Trainer:
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
         first = self.plan[0]
-        typical = getattr(first.dataset, "typical", range(min(2, len(first.dataset))))  # samples that show what a batch can hold
-        items = [first.dataset[index] for index in typical]
-        batch = send_to_device(self.collate(items), device)
+        batch = send_to_device(typical_batch(first.dataset, self.collate), device)
         with torch.no_grad(), self.accelerator.autocast():
             self.method.eval()
             self.method.prepare(batch)
@@ -200,9 +198,8 @@ class Trainer:
                 checkpoint = None
         self._keep_best()
         metrics = self.measured(self.evaluate) if self.evaluate else {}
-        for (
-            tracker
-        ) in self.accelerator.trackers:  # Accelerator.end_training would also end the process group, which is needed yet
+        # Accelerator.end_training would also end the process group, which is needed yet.
+        for tracker in self.accelerator.trackers:
             tracker.finish()
         return metrics
 
@@ -641,8 +638,8 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched != accelerator.num_processes:
         raise BadInput(
-            f"{launched} processes were launched and do not know of each other: each would train alone. Without a GPU, they are joined by "
-            "accelerate.PartialState(cpu=True) before limbeck.run"
+            f"{launched} processes were launched and do not know of each other: each would train alone. Without a GPU, "
+            "`accelerate launch --cpu` joins them"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise BadInput(

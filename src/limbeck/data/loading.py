@@ -85,6 +85,10 @@ class Files(UserData):
     val_path: str | None = None
     test_path: str | None = None
 
+    def of(self, split: Split) -> str | None:
+        """The file of a split, where there is one."""
+        return {"train": self.path, "val": self.val_path or self.shared, "test": self.test_path}[split]
+
     @model_validator(mode="after")
     def _one_validation(self) -> Self:
         if self.val_path and self.val_fraction:
@@ -149,7 +153,7 @@ def load_digit_scenes(options: Mapping[str, Any], split: Split) -> LoadedRecords
 def load_vqa_jsonl(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """JSON lines, or one JSON list, of simple rows or LLaVA conversations."""
     chosen = validated(Files, options, "data source vqa-jsonl")
-    path = {"train": chosen.path, "val": chosen.val_path or chosen.shared, "test": chosen.test_path}[split]
+    path = chosen.of(split)
     if path is None:
         return LoadedRecords([])
     file = Path(path).expanduser()
@@ -164,7 +168,7 @@ def load_vqa_jsonl(options: Mapping[str, Any], split: Split) -> LoadedRecords:
 def load_parquet(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     """A parquet file, or a folder of them; pictures are paths, encoded bytes, or structs of both as ``datasets`` writes them."""
     chosen = validated(Files, options, "data source parquet")
-    path = {"train": chosen.path, "val": chosen.val_path or chosen.shared, "test": chosen.test_path}[split]
+    path = chosen.of(split)
     if path is None:
         return LoadedRecords([])
     found = Path(path).expanduser()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
 from limbeck.methods.registry import configure, find
-from limbeck.models.loading import load
+from limbeck.models.loading import imported, load
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
 from limbeck.teachers.frozen import FrozenTeacher
@@ -148,7 +147,7 @@ def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs:
         if spec.source != "python":
             raise BadInput(f"data.source {spec.source!r} holds questions and answers; a classifier learns from source: python")
         options = dict(spec.model_extra or {})
-        return import_target(options.pop("name", ""))(split, **options)
+        return imported(options.pop("name", ""))(split, **options)
 
     data = {stage: dataset(spec, "train") for stage, spec in specs.items()}
     held_out = {split: found for split in ("val", "test") if (found := dataset(recipe.data, split)) is not None}
@@ -199,15 +198,6 @@ def context_length(model: nn.Module) -> int:
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None) or 2**31
-
-
-def import_target(target: str) -> Any:
-    """What ``package.module:name`` names."""
-    module, _, name = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"{target!r} cannot be imported ({error}); expected package.module:function") from error
 
 
 def validator(task: Task) -> Callable[[Method, Accelerator], dict[str, float]] | None:

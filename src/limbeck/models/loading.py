@@ -124,18 +124,7 @@ def from_python(
     dtype, device: where the module goes; None leaves it as it is.
     Raises `BadInput` where the factory cannot be found or returns something else.
     """
-    module_name, colon, factory_name = name.partition(":")
-    if not (module_name and colon and factory_name):
-        raise BadInput(f"{name!r} names no function: write pkg.mod:factory")
-    ensure_torchvision()
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except ImportError as error:
-        raise BadInput(f"cannot import {module_name!r} for {name!r}: {error}") from error
-    except AttributeError as error:
-        functions = [key for key, value in vars(importlib.import_module(module_name)).items() if callable(value)]
-        raise BadInput(f"{module_name} has no {factory_name!r}{_nearest(factory_name, functions)}") from error
-    made = factory(**(options or {}))
+    made = imported(name)(**(options or {}))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         made = VLM(*made)
     if not isinstance(made, VLM | nn.Module):
@@ -143,6 +132,21 @@ def from_python(
     module = made.model if isinstance(made, VLM) else made
     module.to(device=device, dtype=_dtype(dtype))
     return made
+
+
+def imported(name: str) -> Any:
+    """What ``pkg.mod:name`` names; torchvision is made importable first. Raises `BadInput` where it cannot be found."""
+    module_name, colon, factory_name = name.partition(":")
+    if not (module_name and colon and factory_name):
+        raise BadInput(f"{name!r} names no function: write pkg.mod:factory")
+    ensure_torchvision()
+    try:
+        return getattr(importlib.import_module(module_name), factory_name)
+    except ImportError as error:
+        raise BadInput(f"cannot import {module_name!r} for {name!r}: {error}") from error
+    except AttributeError as error:
+        functions = [key for key, value in vars(importlib.import_module(module_name)).items() if callable(value)]
+        raise BadInput(f"{module_name} has no {factory_name!r}{_nearest(factory_name, functions)}") from error
 
 
 def from_tiny(name: str, *, options: Mapping[str, int] | None = None, seed: int = 0) -> VLM:

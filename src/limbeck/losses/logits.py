@@ -82,8 +82,21 @@ def kl_divergence(
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; expected a number from 0 to 1")
 
-    log_q = _log_softmax(select(student_logits, mask), temperature)
-    log_p = _log_softmax(select(teacher_logits.detach(), mask), temperature)
+    return divergence_of_log_probs(
+        _log_softmax(select(student_logits, mask), temperature),
+        _log_softmax(select(teacher_logits.detach(), mask), temperature),
+        kind=kind,
+        beta=beta,
+        scale=temperature**2 if scale_by_t2 else 1.0,
+        mask=mask,
+        reduction=reduction,
+    )
+
+
+def divergence_of_log_probs(
+    log_q: Tensor, log_p: Tensor, *, kind: Divergence, beta: float, scale: float, mask: Tensor | None, reduction: Reduction
+) -> Tensor:
+    """`kl_divergence` times ``scale`` from the log-probabilities of the student and the teacher at the positions that count."""
     if kind == "forward" or (kind == "jsd" and beta == 0):
         values = _kl(log_p, log_q)
     elif kind == "reverse" or (kind == "jsd" and beta == 1):
@@ -94,7 +107,7 @@ def kl_divergence(
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         values = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
     loss = reduce(values, mask, reduction)
-    return loss * temperature**2 if scale_by_t2 else loss
+    return loss * scale if scale != 1 else loss
 
 
 def kd(

@@ -8,11 +8,13 @@ import fnmatch
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from limbeck import create
 from limbeck.batch import supervised
 from limbeck.errors import BadInput
-from limbeck.losses.bild import dbild
+from limbeck.losses import bild, dbild, kl_divergence
+from limbeck.losses.linear import LinearLogits
 from limbeck.methods.vlm.switch_kd import SwitchKD
 from limbeck.models.vlm import VLM
 from tests.models.families import FAMILIES, build
@@ -76,6 +78,53 @@ def test_terms_are_what_the_paper_writes(family):
     torch.testing.assert_close(losses.total, losses["ce"] + losses["align"] + losses["switch"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_gives_the_gradients_of_its_plain_losses_on_whole_logits(family):
+    student, teacher, batch = pair(family)
+    inputs = batch["student"]
+    positions, labels = supervised(inputs["labels"])
+    assert isinstance(student.logits(student.read(inputs).hidden[positions]), LinearLogits)
+    z_s = student.head(student.read(inputs).hidden[positions])
+    z_w = teacher.head(teacher.speak(inputs, student.see(inputs))[positions])
+    z_t = teacher.head(teacher.read(inputs).hidden[positions]).detach()
+    ce = F.cross_entropy(z_s, labels)
+    plain = {
+        "sft": ce,
+        "kd": ce + kl_divergence(z_s, z_t),
+        "bild": ce + bild(z_s, z_t),
+        "switch-kd": ce + dbild(z_s, z_t) + dbild(z_w, z_t),
+    }
+    parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    for name, total in plain.items():
+        ours = create(name, student, None if name == "sft" else teacher)(batch).total
+        torch.testing.assert_close(ours, total, rtol=1e-5, atol=1e-6)
+        found = torch.autograd.grad(ours, parameters, materialize_grads=True)
+        expected = torch.autograd.grad(total, parameters, materialize_grads=True, retain_graph=True)
+        for gradient, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("touch", ["adapter", "hook", "replaced forward"])
+def test_a_head_that_is_more_than_its_weights_is_called(touch):
+    """What an adapter, a hook or a replaced forward does to the logits reaches the loss."""
+    student, _, batch = pair("llava")
+    before = create("sft", student)(batch).total
+    head = student.model.lm_head
+    if touch == "adapter":
+        student.model.lm_head = nn.utils.parametrizations.weight_norm(copy.deepcopy(head))
+        with torch.no_grad():
+            student.model.lm_head.parametrizations.weight.original0 *= 2
+    elif touch == "hook":
+        head.register_forward_hook(lambda _module, _args, logits: 2 * logits)
+    else:
+        head.forward = lambda hidden: 2 * F.linear(hidden, head.weight)
+    after = create("sft", student)(batch).total
+    inputs = {key: value for key, value in batch["student"].items() if key != "labels"}
+    positions, labels = supervised(batch["student"]["labels"])
+    torch.testing.assert_close(after, F.cross_entropy(student.model(**inputs, use_cache=False).logits[positions], labels))
+    assert abs(after - before) > 1e-3
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_with_the_teachers_own_eyes_the_switch_term_is_zero(family):
     student, teacher, batch = pair(family)
@@ -128,7 +177,7 @@ def saved_bytes(method, batch) -> int:
     replay = method.teacher_route(batch).reading.replay
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = method.switch_logits(batch, visual, replay)
-    assert logits.requires_grad
+    assert logits.hidden.requires_grad
     return sum(kept.values())
 
 

@@ -37,7 +37,7 @@ def check_mask(tensor: Tensor, mask: Tensor | None) -> None:
 
 def upcast(tensor: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:

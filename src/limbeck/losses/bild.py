@@ -11,6 +11,7 @@ in place of O(k^2), exact to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -68,22 +69,8 @@ def bild(
     mask: [...] bool, True where a position counts; an all-False mask gives 0, not NaN.
     Returns a scalar, or [...] with reduction="none". Raises ValueError on a shape mismatch or a k outside 2..V.
     """
-    vocabulary = student_logits.shape[-1]
-    if not 2 <= k <= vocabulary:
-        raise ValueError(f"k is {k}; expected 2 to {vocabulary}, the logits of a position (3 or more carry a signal)")
-    return _logits_difference(
-        student_logits,
-        teacher_logits,
-        branches=("teacher", "student"),
-        window=k,
-        choose_k=lambda led: torch.full(led.shape[:-1], k, device=led.device),
-        k_max=k,
-        tau=tau,
-        divergence=divergence,
-        pairs=pairs,
-        mask=mask,
-        reduction=reduction,
-    )
+    options = bild_options(student_logits.shape[-1], k=k, tau=tau, divergence=divergence, pairs=pairs)
+    return _logits_difference(student_logits, teacher_logits, options, mask, reduction)
 
 
 def dbild(
@@ -115,24 +102,70 @@ def dbild(
     mask: [...] bool, True where a position counts; an all-False mask gives 0, not NaN.
     Returns a scalar, or [...] with reduction="none". Raises ValueError on a shape mismatch or an impossible range of k.
     """
+    options = dbild_options(
+        student_logits.shape[-1], tau=tau, window=window, k_min=k_min, k_max=k_max, divergence=divergence, pairs=pairs,
+        tau_squared=tau_squared, knee_on=knee_on, branches=branches,
+    )  # fmt: skip
+    return _logits_difference(student_logits, teacher_logits, options, mask, reduction)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked choice of what `bild` and `dbild` compare. choose_k: maps a position's sorted logits to k; scale: of the loss."""
+
+    branches: Sequence[Branch]
+    window: int
+    choose_k: Callable[[Tensor], Tensor]
+    k_max: int
+    tau: float
+    divergence: Divergence
+    pairs: Pairs
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("divergence", self.divergence, ("forward", "reverse"))
+        check_choice("pairs", self.pairs, ("flat", "rows"))
+        if not self.branches:
+            raise ValueError("branches is empty; expected 'teacher', 'student' or both")
+        for branch in self.branches:
+            check_choice("branches", branch, ("teacher", "student"))
+        if not self.tau > 0:
+            raise ValueError(f"tau is {self.tau}; expected a temperature > 0")
+
+
+def bild_options(
+    vocabulary: int, *, k: int = 8, tau: float = 3.0, divergence: Divergence = "forward", pairs: Pairs = "flat"
+) -> Options:
+    """The arguments of `bild`, checked against the number of logits."""
+    if not 2 <= k <= vocabulary:
+        raise ValueError(f"k is {k}; expected 2 to {vocabulary}, the logits of a position (3 or more carry a signal)")
+
+    def choose_k(led: Tensor) -> Tensor:
+        return torch.full(led.shape[:-1], k, device=led.device)
+
+    return Options(("teacher", "student"), k, choose_k, k, tau, divergence, pairs)
+
+
+def dbild_options(
+    vocabulary: int,
+    *,
+    tau: float = 3.0,
+    window: int | None = 100,
+    k_min: int = 3,
+    k_max: int | None = None,
+    divergence: Divergence = "reverse",
+    pairs: Pairs = "flat",
+    tau_squared: bool = False,
+    knee_on: KneeCurve = "logits",
+    branches: Sequence[Branch] = ("teacher", "student"),
+) -> Options:
+    """The arguments of `dbild`, checked against the number of logits."""
     check_choice("knee_on", knee_on, ("logits", "probabilities"))
     if k_min < 2:
         raise ValueError(f"k_min is {k_min}; expected at least 2, as one logit makes no pair (3 or more carry a signal)")
-    window, k_max = _candidates(student_logits.shape[-1], window, k_min, k_max)
-    loss = _logits_difference(
-        student_logits,
-        teacher_logits,
-        branches=branches,
-        window=window,
-        choose_k=partial(_knee, k_min=k_min, k_max=k_max, on=knee_on),
-        k_max=k_max,
-        tau=tau,
-        divergence=divergence,
-        pairs=pairs,
-        mask=mask,
-        reduction=reduction,
-    )
-    return loss * tau**2 if tau_squared else loss
+    window, k_max = _candidates(vocabulary, window, k_min, k_max)
+    choose_k = partial(_knee, k_min=k_min, k_max=k_max, on=knee_on)
+    return Options(branches, window, choose_k, k_max, tau, divergence, pairs, tau**2 if tau_squared else 1.0)
 
 
 def _candidates(vocabulary: int, window: int | None, k_min: int, k_max: int | None) -> tuple[int, int]:
@@ -157,45 +190,35 @@ def _knee(led: Tensor, k_min: int, k_max: int, on: KneeCurve) -> Tensor:
 
 
 def _logits_difference(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    branches: Sequence[Branch],
-    window: int,
-    choose_k: Callable[[Tensor], Tensor],
-    k_max: int,
-    tau: float,
-    divergence: Divergence,
-    pairs: Pairs,
-    mask: Tensor | None,
-    reduction: Reduction,
+    student_logits: Tensor, teacher_logits: Tensor, options: Options, mask: Tensor | None, reduction: Reduction
 ) -> Tensor:
-    """The sum over the branches of the divergence on each branch's top k; ``choose_k`` maps sorted logits to k."""
     check_same_shape(student_logits, teacher_logits)
     check_mask(student_logits, mask)
-    check_choice("divergence", divergence, ("forward", "reverse"))
-    check_choice("pairs", pairs, ("flat", "rows"))
-    if not branches:
-        raise ValueError("branches is empty; expected 'teacher', 'student' or both")
-    for branch in branches:
-        check_choice("branches", branch, ("teacher", "student"))
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}; expected a temperature > 0")
-
     student, teacher = select(student_logits, mask), select(teacher_logits.detach(), mask)
-    leaders = {"teacher": teacher, "student": student.detach()}
-    led = [leaders[branch].topk(window) for branch in branches]
-    k = torch.stack([choose_k(upcast(top.values)) for top in led], dim=-1)  # [..., branches]
-    ids = torch.stack([top.indices[..., :k_max] for top in led], dim=-2)  # [..., branches, K]
-
+    ids, k = choose(student, teacher, options)
     # One gather for all branches: its backward allocates one [..., V], and no half-precision vocabulary is ever upcast.
-    s = upcast(student.gather(-1, ids.flatten(-2)).unflatten(-1, ids.shape[-2:])) / tau
-    t = upcast(teacher.gather(-1, ids.flatten(-2)).unflatten(-1, ids.shape[-2:])) / tau
-    chosen = torch.arange(k_max, device=k.device) < k.unsqueeze(-1)
+    values = difference_at(student.gather(-1, ids), teacher.gather(-1, ids), k, options)
+    return reduce(values, mask, reduction)
+
+
+def choose(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Which logits [..., V] are compared, without gradient: ids int64 [..., branches * K], and how many of each K, [..., branches]."""
+    leaders = {"teacher": teacher, "student": student.detach()}
+    led = [leaders[branch].topk(options.window) for branch in options.branches]
+    k = torch.stack([options.choose_k(upcast(top.values)) for top in led], dim=-1)
+    ids = torch.cat([top.indices[..., : options.k_max] for top in led], dim=-1)
+    return ids, k
+
+
+def difference_at(student: Tensor, teacher: Tensor, k: Tensor, options: Options) -> Tensor:
+    """The sum over the branches of the divergence between the logits that `choose` names, [..., branches * K]. Returns [...]."""
+    s, t = (upcast(side).unflatten(-1, (-1, options.k_max)) / options.tau for side in (student, teacher))
+    chosen = torch.arange(options.k_max, device=k.device) < k.unsqueeze(-1)
     chosen = chosen & (s != -torch.inf) & (t != -torch.inf)
-    p, q = (t, s) if divergence == "forward" else (s, t)
-    kl = _flat_kl(p, q, chosen) if pairs == "flat" else _rows_kl(p, q, chosen)  # [..., branches]
-    return reduce(kl.sum(-1), mask, reduction)
+    p, q = (t, s) if options.divergence == "forward" else (s, t)
+    kl = _flat_kl(p, q, chosen) if options.pairs == "flat" else _rows_kl(p, q, chosen)  # [..., branches]
+    values = kl.sum(-1)
+    return values * options.scale if options.scale != 1 else values
 
 
 def _flat_kl(p: Tensor, q: Tensor, chosen: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.losses._common import LOG_ZERO, Reduction, check_choice, check_mask, check_same_shape, reduce, select, upcast
 
@@ -76,38 +77,44 @@ def kl_divergence(
     """
     check_same_shape(student_logits, teacher_logits)
     check_mask(student_logits, mask)
+    check_divergence(temperature, kind, beta)
+
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    student, teacher = select(student_logits, mask), select(teacher_logits.detach(), mask)
+    scale = temperature**2 if scale_by_t2 else 1.0
+    if reduction != "none" and (kind == "forward" or (kind == "jsd" and beta == 0)):
+        return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
+    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    return divergence_of_log_probs(log_q, log_p, kind=kind, beta=beta, scale=scale, mask=mask, reduction=reduction)
+
+
+def check_divergence(temperature: float, kind: str, beta: float) -> None:
+    """Raise ValueError where a value is out of range."""
     check_choice("kind", kind, ("forward", "reverse", "jeffreys", "jsd"))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number > 0")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; expected a number from 0 to 1")
 
-    return divergence_of_log_probs(
-        _log_softmax(select(student_logits, mask), temperature),
-        _log_softmax(select(teacher_logits.detach(), mask), temperature),
-        kind=kind,
-        beta=beta,
-        scale=temperature**2 if scale_by_t2 else 1.0,
-        mask=mask,
-        reduction=reduction,
-    )
-
 
 def divergence_of_log_probs(
     log_q: Tensor, log_p: Tensor, *, kind: Divergence, beta: float, scale: float, mask: Tensor | None, reduction: Reduction
 ) -> Tensor:
     """`kl_divergence` times ``scale`` from the log-probabilities of the student and the teacher at the positions that count."""
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if reduction == "mean":
+        scale /= _positions(log_q)
+    summed = "none" if reduction == "none" else "sum"
     if kind == "forward" or (kind == "jsd" and beta == 0):
-        values = _kl(log_p, log_q)
+        values = _kl(log_p, log_q, summed)
     elif kind == "reverse" or (kind == "jsd" and beta == 1):
-        values = _kl(log_q, log_p)
+        values = _kl(log_q, log_p, summed)
     elif kind == "jeffreys":
-        values = _kl(log_p, log_q) + _kl(log_q, log_p)
+        values = _kl(log_p, log_q, summed) + _kl(log_q, log_p, summed)
     else:
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        values = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    loss = reduce(values, mask, reduction)
-    return loss * scale if scale != 1 else loss
+        values = beta * _kl(log_p, log_m, summed) + (1 - beta) * _kl(log_q, log_m, summed)
+    return (reduce(values.sum(-1), mask, "none") if reduction == "none" else values) * scale
 
 
 def kd(
@@ -125,11 +132,39 @@ def kd(
     return kl_divergence(student_logits, teacher_logits, temperature=temperature, mask=mask, reduction=reduction)
 
 
+class _ForwardKL(torch.autograd.Function):
+    """scale times the sum of KL(p || q) over the positions, from logits [..., V].
+
+    Its gradient, scale / T (q - p), is taken in the forward pass: half the kernels of autograd's, and one [..., V] kept, not five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
+        log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+        p = log_p.exp()
+        loss = log_p.sub_(log_q).mul_(p).sum() * scale
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(log_q.exp_().sub_(p).mul_(scale / temperature))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [..., V]; those of ids at -inf are finite, so that 0 * log 0 is 0 and not NaN."""
-    return (upcast(logits) / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
+    logits = upcast(logits)
+    return (logits / temperature if temperature != 1 else logits).log_softmax(-1).clamp_min(LOG_ZERO)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) from log-probabilities. [..., V] -> [...]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _kl(log_p: Tensor, log_q: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+    """KL(p || q) from log-probabilities [..., V]: its terms [..., V], or their sum over everything."""
+    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+
+
+def _positions(logits: Tensor) -> int:
+    """Over how many positions a mean is taken; at least 1, so that the mean over none is 0."""
+    return max(logits.shape[:-1].numel(), 1)

@@ -6,6 +6,7 @@ of the full one (data processing inequality) that ties the student's mass outsid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,24 @@ class TopK:
     def covered(self) -> Tensor:
         """[...]: the probability mass of the k ids."""
         return -torch.expm1(self.log_rest)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TopK]) -> TopK:
+        """Positions [N, k] one after the other; of one temperature and vocabulary."""
+        ids, log_probs, log_rest = (torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "log_probs", "log_rest"))
+        return cls(ids, log_probs, log_rest, parts[0].temperature, parts[0].vocabulary)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., V]: of the logits that it stands for."""
+        return torch.Size((*self.log_rest.shape, self.vocabulary))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TopK:
+        """The same on another device."""
+        ids, log_probs, log_rest = (
+            part.to(device, non_blocking=non_blocking) for part in (self.ids, self.log_probs, self.log_rest)
+        )
+        return TopK(ids, log_probs, log_rest, self.temperature, self.vocabulary)
 
 
 def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
@@ -65,7 +84,9 @@ def top_k_divergence(
     if student_logits.shape[-1] != teacher.vocabulary:
         raise ValueError(f"student logits are over {student_logits.shape[-1]} ids, the teacher's over {teacher.vocabulary}")
     if student_logits.shape[:-1] != teacher.ids.shape[:-1]:
-        raise ValueError(f"student {list(student_logits.shape)} and teacher entries {list(teacher.ids.shape)} differ in positions")
+        raise ValueError(
+            f"student {list(student_logits.shape)} and teacher entries {list(teacher.ids.shape)} differ in positions"
+        )
     student = (upcast(select(student_logits, mask)) / teacher.temperature).log_softmax(-1)
     log_q = bucketed(student, select(teacher.ids, mask))
     return divergence_of_log_probs(

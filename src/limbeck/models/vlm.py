@@ -16,14 +16,19 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from limbeck import taps
 from limbeck.errors import BadInput
+from limbeck.losses.linear import Head, LinearLogits, Logits
+
+if TYPE_CHECKING:
+    from limbeck.teachers.cached import CachedTeacher
 
 Visual = tuple[Tensor, ...]
 """The inputs of the projector's modules, one tensor for each, [..., width]: one for most families, several where the language
@@ -65,17 +70,6 @@ class Reading:
     replay: Replay | None
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head in numbers, for losses that never hold all logits: ``z = scale * (hidden @ weight.T + bias)``, and where there is
-    a softcap ``softcap * tanh(z / softcap)``. weight: [V, D]; bias: [V] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-
 class VisionLanguageModel(Protocol):
     """What a method asks of a vision-language model; `VLM` gives it for transformers models."""
 
@@ -93,6 +87,7 @@ class VisionLanguageModel(Protocol):
     def speak(self, inputs: Inputs, visual: Visual, replay: Replay | None = None) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
     def head_spec(self) -> Head: ...
+    def logits(self, hidden: Tensor) -> Logits: ...
 
 
 class VLM:
@@ -217,29 +212,47 @@ class VLM:
             logits = self.model(use_cache=False).logits
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
-    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Logits:
+        """What losses take in the place of `head`: [..., D] hidden states with the head in numbers, so that [..., V] never exists whole;
+        its logits where the head is more than a linear layer with plain weights (an adapter, hooks, sharding)."""
+        linear = self.model.get_output_embeddings()
+        touched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+        plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not touched
+        if not plain or linear.weight.is_meta or self._bend is None:
+            return self.head(hidden)
+        return LinearLogits(hidden, Head(linear.weight, linear.bias, *self._bend))
+
     def head_spec(self) -> Head:
-        """The head in numbers. Configs name scales and softcaps that the family's code does not apply, so each candidate is
+        """The head in numbers. Configs name scales and softcaps that the family's code does not apply, so each candidate is, once,
         compared with `head` on random hidden states.
 
         Raises `BadInput` where none agrees, or where the weights are on the meta device.
         """
         linear = self.model.get_output_embeddings()
-        weight, bias = linear.weight, getattr(linear, "bias", None)
-        if weight.is_meta:
+        if linear.weight.is_meta:
             raise BadInput(f"the head of {self.family} cannot be measured on the meta device: load its weights first")
+        if self._bend is None:
+            raise BadInput(f"the head of {self.family} is not linear, scaled and softcapped: use its full logits (`VLM.head`)")
+        return Head(linear.weight, getattr(linear, "bias", None), *self._bend)
+
+    @cached_property
+    @torch.no_grad()
+    def _bend(self) -> tuple[float, float | None] | None:
+        """The head's scale and softcap, as measured; None where it is something else."""
+        linear = self.model.get_output_embeddings()
+        weight, bias = linear.weight, getattr(linear, "bias", None)
         text = self.model.config.get_text_config()
         scales = [1.0, *_numbers(text, "logit_scale", "output_multiplier"), *(1 / d for d in _numbers(text, "logits_scaling"))]
         softcaps = [None, *_numbers(text, "final_logit_softcapping")]
-        candidates = [Head(weight, bias, scale, softcap) for scale, softcap in product(scales, softcaps)]
         probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         reach = 2 * max([cap for cap in softcaps if cap is not None], default=1.0) / min(scales)  # far enough to bend
         probe = probe * (reach / nn.functional.linear(probe, weight).abs().max())
         logits = self.head(probe).float()
-        for head in candidates:
-            if torch.allclose(_logits(probe, head), logits, rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
-                return head
-        raise BadInput(f"the head of {self.family} is not linear, scaled and softcapped: use its full logits (`VLM.head`)")
+        for scale, softcap in product(scales, softcaps):
+            found = _logits(probe, Head(weight, bias, scale, softcap))
+            if torch.allclose(found, logits, rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
+                return scale, softcap
+        return None
 
     def recompute_language(self) -> None:
         """From now on the backward pass recomputes the language part layer by layer, also in eval mode, where transformers would not:
@@ -283,7 +296,7 @@ class VLM:
                 yield from self._cover(child, f"{path}{name}.")
 
 
-def check_vocabulary(student: VLM, teacher: VLM) -> int:
+def check_vocabulary(student: VLM, teacher: VLM | CachedTeacher) -> int:
     """How many token ids two models share: logits are comparable over ``[:, :, :shared]``.
 
     Heads of one size share it all, heads that differ only by padding the smaller size. Tokenizers are compared where both models

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from limbeck.batch import Batch, supervised, teacher_side
 from limbeck.errors import BadInput
-from limbeck.methods.base import Method
+from limbeck.losses import linear
+from limbeck.losses.linear import Logits
+from limbeck.losses.top_k import TopK, top_k
+from limbeck.methods.base import Losses, Method
 from limbeck.models.vlm import VLM, Reading, check_vocabulary
+from limbeck.teachers.cached import CachedTeacher, Rows
 from limbeck.teachers.frozen import FrozenTeacher
+
+TOP_K_ROWS = 256  # positions whose logits exist at once when a cache is written
 
 
 def as_view(model: VLM | nn.Module) -> VLM:
@@ -22,10 +28,10 @@ def as_view(model: VLM | nn.Module) -> VLM:
 
 @dataclass
 class Route:
-    """One pass through a model: its reading, and its logits [K, V] where an answer token is predicted."""
+    """One pass through a model: its reading, and its logits [K, V], not computed yet, where an answer token is predicted."""
 
     reading: Reading
-    logits: Tensor
+    logits: Logits
 
 
 class VLMMethod(Method):
@@ -37,12 +43,15 @@ class VLMMethod(Method):
     view: VLM
     teacher_view: VLM
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | None = None, **hyper: Any) -> None:
+    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | CachedTeacher | None = None, **hyper: Any) -> None:
         super().__init__()
         self.config = self.Config(**hyper)
         self.view = as_view(student)
         self.student = self.view.model
-        if teacher is not None:
+        if isinstance(teacher, CachedTeacher):
+            self.vocabulary = check_vocabulary(self.view, teacher)
+            teacher.check_ids(self.vocabulary)
+        elif teacher is not None:
             self.teacher_view = as_view(teacher)
             self.teacher = FrozenTeacher(self.teacher_view.model)
             self.vocabulary = check_vocabulary(self.view, self.teacher_view)
@@ -57,15 +66,27 @@ class VLMMethod(Method):
         inputs = batch["student"]
         positions, labels = supervised(inputs["labels"])
         reading = self.view.read(inputs)
-        return Route(reading, self.view.head(reading.hidden[positions])), labels
+        return Route(reading, self.view.logits(reading.hidden[positions])), labels
 
     @torch.no_grad()
     def teacher_route(self, batch: Batch) -> Route:
         """The teacher's ordinary pass, without gradient."""
         inputs = teacher_side(batch)
         reading = self.teacher_view.read(inputs)
-        return Route(reading, self.teacher_view.head(reading.hidden[supervised(inputs["labels"])[0]]))
+        return Route(reading, self.teacher_view.logits(reading.hidden[supervised(inputs["labels"])[0]]))
 
-    def shared(self, logits: Tensor) -> Tensor:
-        """The logits [K, V] of the token ids that student and teacher share: rows that only pad a head are dropped."""
-        return logits[..., : self.vocabulary]
+    @torch.no_grad()
+    def teacher_top_k(self, batch: Batch, k: int, temperature: float) -> Rows:
+        """The k likeliest shared ids of the teacher at the answer positions, for a cache."""
+        inputs = teacher_side(batch)
+        positions = supervised(inputs["labels"])[0]
+        hidden = self.teacher_view.read(inputs).hidden[positions]
+        top = [
+            top_k(self.teacher_view.head(rows)[..., : self.vocabulary], k, temperature=temperature)
+            for rows in hidden.split(TOP_K_ROWS)
+        ]
+        return Rows(TopK.joined(top), positions[0].bincount(minlength=len(inputs["labels"])))
+
+    def terms(self, **terms: linear.Term) -> Losses:
+        """The weighted terms over logits that are not computed yet, in one pass over them (`limbeck.losses.linear`)."""
+        return Losses(linear.losses(terms, weights=self.weights))

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from limbeck.losses.bild import bild
-from limbeck.losses.logits import cross_entropy
+from limbeck.losses import linear
 from limbeck.methods.base import Batch, Losses
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM
@@ -43,6 +42,7 @@ class BiLD(VLMMethod):
     name = "bild"
     Config = BiLDConfig
     needs_teacher = True
+    uncached = "its student-led pairs need the teacher's logits at ids that only the student ranks high"
 
     def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module, **hyper: Any) -> None:
         super().__init__(student, teacher, **hyper)
@@ -51,11 +51,13 @@ class BiLD(VLMMethod):
     def forward(self, batch: Batch) -> Losses:
         teacher = self.teacher_route(batch)
         student, labels = self.student_route(batch)
-        difference = bild(
-            self.shared(student.logits),
-            self.shared(teacher.logits),
-            k=self.config.k,
-            tau=self.config.tau,
-            divergence=self.config.divergence,
+        config = self.config
+        difference = linear.BiLD(
+            student.logits,
+            teacher.logits,
+            k=config.k,
+            tau=config.tau,
+            divergence=config.divergence,
+            vocabulary=self.vocabulary,
         )
-        return self.weigh(ce=cross_entropy(student.logits, labels), bild=difference)
+        return self.terms(ce=linear.CrossEntropy(student.logits, labels), bild=difference)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from limbeck.losses.logits import cross_entropy, kl_divergence
+from limbeck.losses.linear import CrossEntropy, Divergence, TopKDivergence
 from limbeck.methods.base import Batch, Losses
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM
+from limbeck.teachers.cached import CachedTeacher, Rows
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,30 @@ class KD(VLMMethod):
     Config = KDConfig
     needs_teacher = True
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module, **hyper: Any) -> None:
+    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | CachedTeacher, **hyper: Any) -> None:
         super().__init__(student, teacher, **hyper)
         self.weights = {"ce": self.config.ce, "kd": self.config.kd}
 
+    def recorded(self) -> dict[str, Any]:
+        return {"temperature": self.config.temperature}
+
+    def record(self, batch: Batch, top_k: int) -> dict[str, Rows]:
+        return {"kd": self.teacher_top_k(batch, top_k, self.config.temperature)}
+
     def forward(self, batch: Batch) -> Losses:
+        config = self.config
+        if "taught" in batch:
+            student, labels = self.student_route(batch)
+            kept = TopKDivergence(student.logits, batch["taught"]["kd"], kind=config.divergence, beta=config.beta)
+            return self.terms(ce=CrossEntropy(student.logits, labels), kd=kept)
         teacher = self.teacher_route(batch)
         student, labels = self.student_route(batch)
-        divergence = kl_divergence(
-            self.shared(student.logits),
-            self.shared(teacher.logits),
-            temperature=self.config.temperature,
-            kind=self.config.divergence,
-            beta=self.config.beta,
+        divergence = Divergence(
+            student.logits,
+            teacher.logits,
+            temperature=config.temperature,
+            kind=config.divergence,
+            beta=config.beta,
+            vocabulary=self.vocabulary,
         )
-        return self.weigh(ce=cross_entropy(student.logits, labels), kd=divergence)
+        return self.terms(ce=CrossEntropy(student.logits, labels), kd=divergence)

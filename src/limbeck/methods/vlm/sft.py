@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from limbeck.losses.logits import cross_entropy
+from limbeck.losses.linear import CrossEntropy
 from limbeck.methods.base import Batch, Losses
 from limbeck.methods.vlm.base import VLMMethod
 
@@ -26,4 +26,4 @@ class SFT(VLMMethod):
 
     def forward(self, batch: Batch) -> Losses:
         student, labels = self.student_route(batch)
-        return self.weigh(ce=cross_entropy(student.logits, labels))
+        return self.terms(ce=CrossEntropy(student.logits, labels))

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.batch import supervised, teacher_side
 from limbeck.errors import BadInput
-from limbeck.losses.bild import dbild
-from limbeck.losses.logits import cross_entropy
+from limbeck.losses.linear import CrossEntropy, DBiLD, Logits, Term
 from limbeck.methods.base import Batch, Losses, Stage
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM, Replay, Visual, check_visual
@@ -79,6 +78,7 @@ class SwitchKD(VLMMethod):
     name = "switch-kd"
     Config = SwitchKDConfig
     needs_teacher = True
+    uncached = "its switch route runs through the teacher's language model at every step"
     teacher_view: VLM
 
     def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module, **hyper: Any) -> None:
@@ -110,16 +110,16 @@ class SwitchKD(VLMMethod):
         """V_S(x) as P_T takes it: itself, or through the bridge."""
         return visual if self.bridge is None else self.bridge(visual)
 
-    def switch_logits(self, batch: Batch, visual: Visual, replay: Replay | None) -> Tensor:
-        """z_switch at the answer positions, [K, V]."""
+    def switch_logits(self, batch: Batch, visual: Visual, replay: Replay | None) -> Logits:
+        """z_switch at the answer positions, [K, V], not computed yet."""
         inputs = teacher_side(batch)
         positions = supervised(inputs["labels"])[0]
         hidden = self.teacher_view.speak(inputs, self.switched(visual), replay)[positions]
-        return self.teacher_view.head(hidden)
+        return self.teacher_view.logits(hidden)
 
     def forward(self, batch: Batch) -> Losses:
         student, labels = self.student_route(batch)
-        terms = {"ce": cross_entropy(student.logits, labels)}
+        terms: dict[str, Term] = {"ce": CrossEntropy(student.logits, labels)}
         if self.needs("align") or self.needs("switch"):
             teacher = self.teacher_route(batch)
         if self.needs("align"):
@@ -132,14 +132,14 @@ class SwitchKD(VLMMethod):
                 )
             switch = self.switch_logits(batch, visual, teacher.reading.replay)
             terms["switch"] = self.difference(switch, teacher.logits)
-        return self.weigh(**terms)
+        return self.terms(**terms)
 
-    def difference(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def difference(self, logits: Logits, teacher_logits: Logits) -> DBiLD:
         """DBiLD with this method's options (eq. 7-15)."""
         config = self.config
-        return dbild(
-            self.shared(logits),
-            self.shared(teacher_logits),
+        return DBiLD(
+            logits,
+            teacher_logits,
             tau=config.tau,
             window=config.window,
             k_min=config.k_min,
@@ -148,4 +148,5 @@ class SwitchKD(VLMMethod):
             knee_on=config.knee_on,
             tau_squared=config.tau_squared,
             branches=config.branches,
+            vocabulary=self.vocabulary,
         )

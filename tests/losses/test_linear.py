@@ -234,6 +234,23 @@ def test_an_id_at_minus_infinity_on_both_sides_counts_for_nothing(kind):
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", ["bild", "dbild"])
+def test_differences_pass_over_an_id_at_minus_infinity(name):
+    student, teacher, labels = draw(5)
+    with torch.no_grad():
+        student.head.bias[3:] = -torch.inf  # fewer are left than are chosen
+    term, plain = both(name, student, teacher, labels)
+    agree(linear.losses({"term": term})["term"], plain, [student.hidden, student.head.weight])
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_values_are_known_in_inference_mode(name):
+    student, teacher, labels = draw(5)
+    term, plain = both(name, student, teacher, labels)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear.losses({"term": term})["term"], plain.detach())
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_logits_of_a_head_that_is_not_linear_go_through_as_they_are(name):
     student, teacher, labels = draw(7)

@@ -195,24 +195,26 @@ def _logits_difference(
     check_same_shape(student_logits, teacher_logits)
     check_mask(student_logits, mask)
     student, teacher = select(student_logits, mask), select(teacher_logits.detach(), mask)
-    ids, k = choose(student, teacher, options)
+    ids = candidates(student, teacher, options)
     # One gather for all branches: its backward allocates one [..., V], and no half-precision vocabulary is ever upcast.
-    values = difference_at(student.gather(-1, ids), teacher.gather(-1, ids), k, options)
+    values = difference_at(student.gather(-1, ids), teacher.gather(-1, ids), options)
     return reduce(values, mask, reduction)
 
 
-def choose(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Which logits [..., V] are compared, without gradient: ids int64 [..., branches * K], and how many of each K, [..., branches]."""
-    leaders = {"teacher": teacher, "student": student.detach()}
-    led = [leaders[branch].topk(options.window) for branch in options.branches]
-    k = torch.stack([options.choose_k(upcast(top.values)) for top in led], dim=-1)
-    ids = torch.cat([top.indices[..., : options.k_max] for top in led], dim=-1)
-    return ids, k
+def candidates(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    """Which of the logits [..., V] each branch chooses from, its leader's largest first: ids int64 [..., branches * window]."""
+    leaders = {"teacher": teacher.detach(), "student": student.detach()}
+    return torch.cat([leaders[branch].topk(options.window).indices for branch in options.branches], dim=-1)
 
 
-def difference_at(student: Tensor, teacher: Tensor, k: Tensor, options: Options) -> Tensor:
-    """The sum over the branches of the divergence between the logits that `choose` names, [..., branches * K]. Returns [...]."""
-    s, t = (upcast(side).unflatten(-1, (-1, options.k_max)) / options.tau for side in (student, teacher))
+def difference_at(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    """The sum over the branches of the divergence between the logits at `candidates`, [..., branches * window]. Returns [...]."""
+    s, t = (upcast(side).unflatten(-1, (len(options.branches), options.window)) for side in (student, teacher))
+    led = torch.stack(
+        [(t if branch == "teacher" else s.detach())[..., i, :] for i, branch in enumerate(options.branches)], dim=-2
+    )
+    k = options.choose_k(led)  # [..., branches]
+    s, t = s[..., : options.k_max] / options.tau, t[..., : options.k_max] / options.tau
     chosen = torch.arange(options.k_max, device=k.device) < k.unsqueeze(-1)
     chosen = chosen & (s != -torch.inf) & (t != -torch.inf)
     p, q = (t, s) if options.divergence == "forward" else (s, t)

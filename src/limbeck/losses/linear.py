@@ -30,18 +30,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.losses._common import LOG_ZERO, check_choice
-from limbeck.losses.bild import Branch, KneeCurve, Options, Pairs, bild_options, choose, dbild_options, difference_at
+from limbeck.losses.bild import Branch, KneeCurve, Options, Pairs, bild_options, candidates, dbild_options, difference_at
 from limbeck.losses.bild import Divergence as Direction
 from limbeck.losses.logits import IGNORE, check_divergence, divergence_of_log_probs
 from limbeck.losses.logits import Divergence as Kind
 from limbeck.losses.top_k import TopK, teacher_buckets
 
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of one side's chunk of logits, where that is more than `LEAST_ROWS`: what a cache, or a fast allocator, bears."""
 NOTHING = -1e30  # the logit of an id at -inf: finite, also divided by a temperature
-LEAST_ROWS = 128  # fewer rows, and the matrix products wait for the weights
-BLOCK_BYTES = 2**20
-"""On a CPU, elementwise work goes through a chunk in blocks of this size, which stay in the cache of a core."""
+LEAST_ROWS = 128  # of a chunk: with fewer, the matrix products wait for the weights
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+"""Bytes of one side's chunk of logits, where that is more than `LEAST_ROWS`."""
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
+"""Elementwise work goes through a chunk in blocks of this size: on a CPU they stay in the cache of a core."""
+BLOCKS = 6  # that a term holds at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +104,9 @@ class Term:
 class DenseTerm(Term):
     """A term whose gradient reaches every logit."""
 
-    def dense(self, logits: list[Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a block of positions: values [r], and their gradient with respect to the first side's logits, [r, V] or the first of them.
+    def dense(self, logits: list[Tensor], learns: bool, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of a block of positions: values [r] and, where the student ``learns``, their gradient with respect to its logits, [r, V] or
+        the first of them.
 
         logits: [r, V] a side, not to be written to. rows: see `rows`.
         """
@@ -114,8 +116,12 @@ class DenseTerm(Term):
 class SparseTerm(Term):
     """A term whose gradient reaches a few logits of each position."""
 
-    def sparse(self, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a chunk of positions: values [n], the ids [n, K] that are compared, and the gradient [n, K] there."""
+    def candidates(self, logits: list[Tensor]) -> Tensor:
+        """Of a chunk of positions: the ids [n, K] that are compared. logits: [n, V] a side."""
+        raise NotImplementedError
+
+    def sparse(self, logits: list[Tensor], learns: bool) -> tuple[Tensor, Tensor | None]:
+        """Values [M] from the logits [M, K] of each side at `candidates` and, where the student ``learns``, their gradient [M, K]."""
         raise NotImplementedError
 
 
@@ -135,12 +141,14 @@ class CrossEntropy(DenseTerm):
     def rows(self, mask: Tensor | None) -> tuple[Tensor, ...]:
         return (_flat(self.labels, mask, 0),)
 
-    def dense(self, logits: list[Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
+    def dense(self, logits: list[Tensor], learns: bool, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
         [z], [labels] = logits, rows
         q, normaliser = _softmax(z)
         counted = labels != IGNORE
         labels = labels.where(counted, 0).unsqueeze(-1)
         values = (normaliser - z.gather(-1, labels).squeeze(-1)).where(counted, 0)
+        if not learns:
+            return values, None
         q.scatter_add_(-1, labels, q.new_full((), -1).expand_as(labels))
         return values, q.masked_fill_(~counted.unsqueeze(-1), 0)
 
@@ -167,7 +175,7 @@ class Divergence(DenseTerm):
     def sides(self) -> tuple[Logits, ...]:
         return self.student, self.teacher
 
-    def dense(self, logits: list[Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
+    def dense(self, logits: list[Tensor], learns: bool, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
         a, b = _shared(logits, self.vocabulary)
         if self.temperature != 1:
             a, b = a / self.temperature, b / self.temperature
@@ -217,15 +225,15 @@ class TopKDivergence(DenseTerm):
     def rows(self, mask: Tensor | None) -> tuple[Tensor, ...]:
         return _flat(self.teacher.ids, mask, 1), _flat(teacher_buckets(self.teacher), mask, 1)
 
-    def dense(self, logits: list[Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
+    def dense(self, logits: list[Tensor], learns: bool, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
         ids, log_p = rows
         tau = self.teacher.temperature
         a = logits[0][..., : self.teacher.vocabulary] / tau
         chosen = a.gather(-1, ids)
         within_rest, rest = _softmax(a.scatter_(-1, ids, LOG_ZERO))
         # A distribution over k + 1 outcomes, as if the rest were one id whose logit is its log-sum-exp.
-        buckets = torch.cat([chosen, rest.unsqueeze(-1)], dim=-1).requires_grad_()
-        with torch.enable_grad():
+        buckets = torch.cat([chosen, rest.unsqueeze(-1)], dim=-1).requires_grad_(learns)
+        with torch.set_grad_enabled(learns):
             values = divergence_of_log_probs(
                 buckets.log_softmax(-1).clamp_min(LOG_ZERO),
                 log_p.to(buckets.dtype),
@@ -235,19 +243,19 @@ class TopKDivergence(DenseTerm):
                 mask=None,
                 reduction="none",
             )
-            [gradient] = torch.autograd.grad(values.sum(), buckets)
-        gradient = gradient / tau
+        if not learns:
+            return values, None
+        gradient = torch.autograd.grad(values, buckets, torch.ones_like(values))[0] / tau
         return values.detach(), within_rest.mul_(gradient[..., -1:]).scatter_(-1, ids, gradient[..., :-1])
 
 
 @dataclass(frozen=True, eq=False)
 class _Difference(SparseTerm):
     teacher: Logits
+    vocabulary: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self.options(_check_pair(self.student, self.teacher, self.vocabulary))
-
-    vocabulary: int | None = field(default=None, kw_only=True)
 
     @property
     def sides(self) -> tuple[Logits, ...]:
@@ -256,15 +264,19 @@ class _Difference(SparseTerm):
     def options(self, vocabulary: int) -> Options:
         raise NotImplementedError
 
-    def sparse(self, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(self, logits: list[Tensor]) -> Tensor:
         student, teacher = _shared(logits, self.vocabulary)
-        options = self.options(student.shape[-1])
-        ids, k = choose(student, teacher, options)
-        compared = student.gather(-1, ids).requires_grad_()
-        with torch.enable_grad():
-            values = difference_at(compared, teacher.gather(-1, ids), k, options)
-            [gradient] = torch.autograd.grad(values.sum(), compared)
-        return values.detach(), ids, gradient
+        return candidates(student, teacher, self.options(student.shape[-1]))
+
+    def sparse(self, logits: list[Tensor], learns: bool) -> tuple[Tensor, Tensor | None]:
+        options = self.options(_check_pair(self.student, self.teacher, self.vocabulary))
+        student, teacher = logits
+        student = student.requires_grad_(learns)
+        with torch.set_grad_enabled(learns):
+            values = difference_at(student, teacher, options)
+        if not learns:
+            return values, None
+        return values.detach(), torch.autograd.grad(values, student, torch.ones_like(values))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -443,6 +455,7 @@ def _run(
         run = _Pass(job, given, factors, needed)
         for start in range(0, run.length, run.chunk):
             run.add(slice(start, start + run.chunk))
+        run.add_sparse()
         values = [value * factor for value, factor in zip(run.values, job.factors, strict=True)]
         return values, [run.gradient(index) if wanted else None for index, wanted in enumerate(needed)]
 
@@ -459,12 +472,16 @@ class _Pass:
         self.given = [self._cast(tensor) for tensor in given]
         self.dtype = job.dtype
         self.gradients: dict[int, Tensor] = {}
+        self.compared: dict[
+            int, list[tuple[Tensor, ...]]
+        ] = {}  # of each sparse term and chunk: ids and each side's logits [n, K]
         self.values = [torch.zeros((), dtype=self.dtype, device=self.device) for _ in job.terms]
-        width = max(self._width(side) for side in job.sides)
-        row = width * self.dtype.itemsize
-        budget = job.chunk_bytes or CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        self.chunk = max(1, min(self.length, budget // row if job.chunk_bytes else max(LEAST_ROWS, budget // row)))
-        self.block = max(1, BLOCK_BYTES // row) if self.device.type == "cpu" else self.chunk
+        row = max(self._width(side) for side in job.sides) * self.dtype.itemsize
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        least, budget = (1, job.chunk_bytes) if job.chunk_bytes else (LEAST_ROWS, CHUNK_BYTES[kind])
+        self.chunk = max(1, min(self.length, max(least, budget // row)))
+        self.block_bytes = BLOCK_BYTES[kind]
+        self.block = max(1, self.block_bytes // row)
         self.buffers = [torch.empty(self.chunk, self._width(side), dtype=self.dtype, device=self.device) for side in job.sides]
         self.learning = [any(i is not None and needed[i] for i in (s.hidden, s.weight, s.bias)) for s in job.sides]
 
@@ -476,34 +493,35 @@ class _Pass:
         return self.given[side.hidden].shape[-1] if side.weight is None else len(self.given[side.weight])
 
     def add(self, rows: slice) -> None:
-        """Add a chunk's values, and its gradients."""
+        """Add the dense terms of a chunk, and note what the sparse ones compare."""
         job = self.job
         logits = [self._logits(side, buffer, rows) for side, buffer in zip(job.sides, self.buffers, strict=True)]
-        few: dict[int, list[tuple[Tensor, Tensor]]] = {}  # side -> ids and gradients [n, K]
         for index, term in enumerate(job.terms):
-            if isinstance(term, SparseTerm) and (factor := self.factors[index]) is not None:
-                read = job.sides_of[index]
-                values, ids, gradient = term.sparse([logits[side] for side in read])
-                self.values[index] += values.sum()
-                if self.learning[read[0]]:
-                    gradient = _through_softcap(job.sides[read[0]], logits[read[0]].gather(-1, ids), gradient * factor)
-                    few.setdefault(read[0], []).append((ids, gradient))
-        all_logits = self._write_dense(logits, rows)
-        for side, learns in enumerate(self.learning):
-            if learns and side in all_logits:
-                for ids, gradient in few.get(side, ()):
-                    logits[side].scatter_add_(-1, ids, gradient)
-                self._backward_dense(job.sides[side], logits[side], rows)
-            elif learns and side in few:
-                ids, gradient = (torch.cat(parts, dim=-1) for parts in zip(*few[side], strict=True))
-                self._backward_sparse(job.sides[side], ids, gradient, rows)
+            if isinstance(term, SparseTerm) and self.factors[index] is not None:
+                read = [logits[side] for side in job.sides_of[index]]
+                ids = term.candidates(read)
+                self.compared.setdefault(index, []).append((ids, *(z.gather(-1, ids) for z in read)))
+        for side in self._write_dense(logits, rows):
+            self._backward_dense(job.sides[side], logits[side], rows)
+
+    def add_sparse(self) -> None:
+        """Add the sparse terms, of all positions at once: they look at a few logits of each."""
+        for index, noted in self.compared.items():
+            term, factor, number = self.job.terms[index], self.factors[index], self.job.sides_of[index][0]
+            assert isinstance(term, SparseTerm) and factor is not None
+            ids, *logits = (torch.cat(parts) for parts in zip(*noted, strict=True))
+            values, gradient = term.sparse(logits, self.learning[number])
+            self.values[index] += values.sum()
+            if gradient is not None:
+                side = self.job.sides[number]
+                self._backward_sparse(side, ids, _through_softcap(side, logits[0].detach(), gradient * factor))
 
     def _logits(self, side: _Side, buffer: Tensor, rows: slice) -> Tensor:
         """[n, V], in the buffer."""
         hidden = self.given[side.hidden][rows]
         logits = buffer[: len(hidden)]
         if side.weight is None:
-            return logits.copy_(hidden).clamp_min_(NOTHING)
+            return logits.copy_(hidden)
         weight = self.given[side.weight]
         if hidden.dtype == weight.dtype == logits.dtype:
             torch.mm(hidden, weight.t(), out=logits)
@@ -515,13 +533,16 @@ class _Pass:
             logits *= side.scale
         if side.softcap is not None:
             logits.div_(side.softcap).tanh_().mul_(side.softcap)
-        return logits if side.bias is None else logits.clamp_min_(NOTHING)
+        return logits
 
     def _write_dense(self, logits: list[Tensor], rows: slice) -> set[int]:
-        """Add the values of the dense terms, and write their gradient over the logits of the sides that learn, which are returned."""
+        """Add the values of the dense terms, and write their gradient over the logits of the sides that learn by them; returns these."""
         job = self.job
         terms = [index for index, term in enumerate(job.terms) if isinstance(term, DenseTerm) and self.factors[index] is not None]
         written = {job.sides_of[index][0] for index in terms if self.learning[job.sides_of[index][0]]}
+        for side, place in zip(job.sides, logits, strict=True):
+            if terms and (side.weight is None or side.bias is not None):
+                place.clamp_min_(NOTHING)
         known = {index: [tensor[rows] for tensor in job.rows[index]] for index in terms}
         for start in range(0, len(logits[0]) if terms else 0, self.block):
             block = slice(start, start + self.block)
@@ -529,13 +550,14 @@ class _Pass:
             for index in terms:
                 read, factor, term = job.sides_of[index], self.factors[index], job.terms[index]
                 assert isinstance(term, DenseTerm) and factor is not None
-                values, gradient = term.dense([logits[side][block] for side in read], *(t[block] for t in known[index]))
+                own = (tensor[block] for tensor in known[index])
+                values, gradient = term.dense([logits[side][block] for side in read], self.learning[read[0]], *own)
                 self.values[index] += values.sum()
-                if read[0] in written:
+                if gradient is not None:
                     gradients[read[0]] = _sum(gradients.get(read[0]), gradient.mul_(factor), logits[read[0]].shape[-1])
-            for side, gradient in gradients.items():
-                own = logits[side][block]
-                own.copy_(_through_softcap(job.sides[side], own, gradient))
+            for number, gradient in gradients.items():
+                place = logits[number][block]
+                place.copy_(_through_softcap(job.sides[number], place, gradient))
         return written
 
     def _backward_dense(self, side: _Side, gradient: Tensor, rows: slice) -> None:
@@ -558,25 +580,26 @@ class _Pass:
             return
         if first:
             total.zero_()
-        for part in range(0, len(total), step := max(1, 2 * BLOCK_BYTES * 8 // (2 * total.shape[1]))):
-            # Half precision is summed within a chunk by the matrix product itself, over the chunks in float32.
-            ids = slice(part, part + step)
+        step = max(1, 4 * self.block_bytes // (hidden.shape[1] * hidden.dtype.itemsize))
+        for start in range(0, len(total), step):
+            # Within a chunk the matrix product itself sums in float32, and rounds; over the chunks the sum is in float32.
+            ids = slice(start, start + step)
             total[ids].add_(torch.mm(gradient[:, ids].t(), hidden), alpha=side.scale)
 
-    def _backward_sparse(self, side: _Side, ids: Tensor, gradient: Tensor, rows: slice) -> None:
-        """As `_backward_dense`, from the gradient [n, K] at ids [n, K]."""
+    def _backward_sparse(self, side: _Side, ids: Tensor, gradient: Tensor) -> None:
+        """As `_backward_dense`, from the gradient [M, K] at ids [M, K] of all positions."""
         if side.weight is None:
-            self.gradient(side.hidden)[rows].scatter_add_(-1, ids, gradient)
+            self.gradient(side.hidden).scatter_add_(-1, ids, gradient)
             return
-        hidden, weight = self.given[side.hidden][rows], self.given[side.weight]
+        hidden, weight = self.given[side.hidden], self.given[side.weight]
         if side.bias is not None and self.needed[side.bias]:
             self.gradient(side.bias).index_add_(0, ids.flatten(), gradient.flatten(), alpha=side.scale)
         if self.needed[side.hidden]:
             picked = torch.nn.functional.embedding_bag(ids, weight, per_sample_weights=gradient.to(weight.dtype), mode="sum")
-            self.gradient(side.hidden)[rows].add_(picked, alpha=side.scale)
+            self.gradient(side.hidden).add_(picked, alpha=side.scale)
         if self.needed[side.weight]:
             total = self.gradient(side.weight)
-            step = max(1, 4 * BLOCK_BYTES // (ids.shape[1] * hidden.shape[1] * self.dtype.itemsize))
+            step = max(1, 4 * self.block_bytes // (ids.shape[1] * hidden.shape[1] * self.dtype.itemsize))
             for start in range(0, len(ids), step):
                 block = slice(start, start + step)
                 outer = gradient[block].unsqueeze(-1) * hidden[block].unsqueeze(1)  # [r, K, D]
@@ -588,6 +611,14 @@ class _Pass:
             make = torch.empty if empty else torch.zeros
             self.gradients[index] = make(self.given[index].shape, dtype=self.dtype, device=self.device)
         return self.gradients[index]
+
+
+def workspace_bytes(rows: int, vocabularies: Sequence[int]) -> int:
+    """Bytes that `losses` holds on a GPU beside its results: a chunk of float32 logits and its half-precision copy for every head that is
+    read, and the blocks of elementwise work."""
+    row = 4 * max(vocabularies)
+    chunk = min(rows, max(LEAST_ROWS, CHUNK_BYTES["cuda"] // row))
+    return sum(6 * chunk * size for size in vocabularies) + BLOCKS * min(BLOCK_BYTES["cuda"], chunk * row)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

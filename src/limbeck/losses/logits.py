@@ -141,10 +141,9 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
         log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-        p = log_p.exp()
-        loss = log_p.sub_(log_q).mul_(p).sum() * scale
+        loss = _kl(log_p, log_q, "sum") * scale
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(log_q.exp_().sub_(p).mul_(scale / temperature))
+            ctx.save_for_backward(log_q.exp_().sub_(log_p.exp_()).mul_(scale / temperature))
         return loss
 
     @staticmethod

@@ -6,7 +6,7 @@ of the full one (data processing inequality) that ties the student's mass outsid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,14 @@ class TopK:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TopK:
         """The same on another device."""
-        ids, log_probs, log_rest = (
-            part.to(device, non_blocking=non_blocking) for part in (self.ids, self.log_probs, self.log_rest)
-        )
-        return TopK(ids, log_probs, log_rest, self.temperature, self.vocabulary)
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TopK:
+        """The same in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TopK:
+        return TopK(change(self.ids), change(self.log_probs), change(self.log_rest), self.temperature, self.vocabulary)
 
 
 def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:

@@ -4,9 +4,9 @@
     python benchmarks/logits.py --no-peers                # without Liger-Kernel and TRL, which are installed into a venv of their own
 
 In one process, in turns, so that a busy machine slows all alike; medians over the repeats. Every row is a ratio to the first of its group,
-whose memory and time are printed. Time is CPU time (wall time on a GPU), memory the peak over what was there before: of the resident set
-(of the allocator on a GPU), with freed memory given back to the system before each run. The value and the gradients of every row are
-compared with those of the first before anything is timed; "(other value)" marks an objective that is not the same one.
+whose memory and time are printed. Time is CPU time (wall time on a GPU), memory the peak over what was there before: of the allocator on a
+GPU; else of the resident set of a second process, in which malloc maps every tensor and gives it back when it is freed. The value and the
+gradients of every row are compared with those of the first before anything is timed; "(other value)" marks another objective.
 
 - *naive*: logits of all positions, `log_softmax`, `F.kl_div`, as a person would write it;
 - *checkpoint*: the same over chunks of 256 positions under `torch.utils.checkpoint`;
@@ -18,13 +18,15 @@ compared with those of the first before anything is timed; "(other value)" marks
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -223,17 +225,55 @@ def cost(case: Case, loss: Loss) -> tuple[float, int]:
         run(case, loss)
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     start = time.process_time()
     run(case, loss)
-    return time.process_time() - start, _resident("VmHWM") - before
+    return time.process_time() - start, 0
+
+
+def peak(case: Case, loss: Loss) -> int:
+    """Peak resident bytes of one forward and backward, over those before."""
+    run(case, loss)
+    gc.collect()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run(case, loss)
+    return _resident("VmHWM") - before
+
+
+def peaks(arguments: argparse.Namespace) -> dict[str, int]:
+    """`peak` of every row, by "vocabulary/group/row", in a process whose malloc keeps nothing."""
+    given = {
+        "vocabulary": arguments.vocabulary,
+        "tokens": [arguments.tokens],
+        "hidden": [arguments.hidden],
+        "only": arguments.only,
+    }
+    given |= {"dtype": [arguments.dtype], "threads": [arguments.threads], "device": ["cpu"]}
+    flags = [str(part) for name, values in given.items() if values for part in (f"--{name}", *values)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        *flags,
+        "--no-peers" if arguments.no_peers else "--peers-here",
+        "--memory",
+    ]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(told.splitlines()[-1])
 
 
 def _resident(field: str) -> int:
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return 1024 * int(line.split()[1])
+
+
+def every(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[int, Case, str, dict[str, Loss]]]:
+    """The groups that are asked for, at every vocabulary."""
+    for vocabulary in arguments.vocabulary:
+        case = Case(arguments.tokens, arguments.hidden, vocabulary, device, getattr(torch, arguments.dtype))
+        for group, rows in groups(case).items():
+            if not arguments.only or group in arguments.only:
+                yield vocabulary, case, group, rows
 
 
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -246,33 +286,31 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
         "results": [],
     }
-    for vocabulary in arguments.vocabulary:
-        case = Case(arguments.tokens, arguments.hidden, vocabulary, device, getattr(torch, arguments.dtype))
-        for group, rows in groups(case).items():
-            if arguments.only and group not in arguments.only:
-                continue
-            first = next(iter(rows.values()))
-            alike = {name: name.startswith("naive") or same(case, first, loss) for name, loss in rows.items()}
-            measured: dict[str, list[tuple[float, int]]] = {name: [] for name in rows}
-            for _ in range(arguments.repeats):
-                for name, loss in rows.items():
-                    measured[name].append(cost(case, loss))
-            base = next(iter(measured.values()))
-            for name, costs in measured.items():
-                ratios = [taken / reference for (taken, _), (reference, _) in zip(costs, base, strict=True)]
-                row = {
-                    "vocabulary": vocabulary,
-                    "group": group,
-                    "row": name,
-                    "same": alike[name] or "10 %" in group,
-                    "seconds": statistics.median(taken for taken, _ in costs),
-                    "bytes": statistics.median(peak for _, peak in costs),
-                    "time_ratio": statistics.median(ratios),
-                    "time_ratio_range": [min(ratios), max(ratios)],
-                    "memory_ratio": statistics.median(peak for _, peak in costs) / statistics.median(peak for _, peak in base),
-                }
-                report["results"].append(row)
-                print(line(row), flush=True)
+    held = peaks(arguments) if device.type == "cpu" else {}
+    for vocabulary, case, group, rows in every(arguments, device):
+        first = next(iter(rows.values()))
+        alike = {name: name.startswith("naive") or same(case, first, loss) for name, loss in rows.items()}
+        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in rows}
+        for _ in range(arguments.repeats):
+            for name, loss in rows.items():
+                seconds, size = cost(case, loss)
+                measured[name].append((seconds, held.get(f"{vocabulary}/{group}/{name}", size)))
+        base = next(iter(measured.values()))
+        for name, costs in measured.items():
+            ratios = [taken / reference for (taken, _), (reference, _) in zip(costs, base, strict=True)]
+            row = {
+                "vocabulary": vocabulary,
+                "group": group,
+                "row": name,
+                "same": alike[name] or "10 %" in group,
+                "seconds": statistics.median(taken for taken, _ in costs),
+                "bytes": statistics.median(peak for _, peak in costs),
+                "time_ratio": statistics.median(ratios),
+                "time_ratio_range": [min(ratios), max(ratios)],
+                "memory_ratio": statistics.median(peak for _, peak in costs) / statistics.median(peak for _, peak in base),
+            }
+            report["results"].append(row)
+            print(line(row), flush=True)
     return report
 
 
@@ -312,8 +350,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="groups to run, e.g. KL DBiLD")
     parser.add_argument("--no-peers", action="store_true", help="leave Liger-Kernel and TRL out")
+    parser.add_argument("--peers-here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args(argv)
+    if arguments.memory:
+        torch.set_num_threads(arguments.threads)
+        rows = every(arguments, torch.device("cpu"))
+        print(
+            json.dumps(
+                {f"{size}/{group}/{name}": peak(case, loss) for size, case, group, found in rows for name, loss in found.items()}
+            )
+        )
+        return
     if not arguments.no_peers:
         from _peers import ensure, rerun
 

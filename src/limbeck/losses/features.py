@@ -24,9 +24,10 @@ def hint(
     mask: bool, the features' shape without the channels, True where a position counts; an all-False mask gives 0, not NaN.
     Returns a scalar, or one value a position with reduction="none". Raises ValueError on a shape mismatch.
     """
+    if mask is None and reduction == "mean" and student_features.numel():
+        check_same_shape(student_features, teacher_features)
+        return F.mse_loss(upcast(student_features), upcast(teacher_features.detach()))  # the same mean, in one kernel
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
-    if reduction == "mean" and student.numel():
-        return F.mse_loss(student, teacher)  # the same mean, in one kernel
     return reduce((student - teacher).square().mean(dim), mask, reduction)
 
 

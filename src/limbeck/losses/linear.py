@@ -505,16 +505,21 @@ class _Pass:
             self._backward_dense(job.sides[side], logits[side], rows)
 
     def add_sparse(self) -> None:
-        """Add the sparse terms, of all positions at once: they look at a few logits of each."""
+        """Add the sparse terms, of many positions at once: they look at a few logits of each. No chunk of logits is needed any more."""
+        self.buffers = []
         for index, noted in self.compared.items():
             term, factor, number = self.job.terms[index], self.factors[index], self.job.sides_of[index][0]
             assert isinstance(term, SparseTerm) and factor is not None
             ids, *logits = (torch.cat(parts) for parts in zip(*noted, strict=True))
-            values, gradient = term.sparse(logits, self.learning[number])
-            self.values[index] += values.sum()
-            if gradient is not None:
-                side = self.job.sides[number]
-                self._backward_sparse(side, ids, _through_softcap(side, logits[0].detach(), gradient * factor))
+            side = self.job.sides[number]
+            step = max(1, self.block_bytes // (8 * ids.shape[1] * self.dtype.itemsize))  # a term holds dozens of [r, K] at once
+            for start in range(0, self.length, step):
+                rows = slice(start, start + step)
+                values, gradient = term.sparse([z[rows] for z in logits], self.learning[number])
+                self.values[index] += values.sum()
+                if gradient is not None:
+                    gradient = _through_softcap(side, logits[0][rows].detach(), gradient * factor)
+                    self._backward_sparse(side, ids[rows], gradient, rows)
 
     def _logits(self, side: _Side, buffer: Tensor, rows: slice) -> Tensor:
         """[n, V], in the buffer."""
@@ -586,17 +591,17 @@ class _Pass:
             ids = slice(start, start + step)
             total[ids].add_(torch.mm(gradient[:, ids].t(), hidden), alpha=side.scale)
 
-    def _backward_sparse(self, side: _Side, ids: Tensor, gradient: Tensor) -> None:
-        """As `_backward_dense`, from the gradient [M, K] at ids [M, K] of all positions."""
+    def _backward_sparse(self, side: _Side, ids: Tensor, gradient: Tensor, rows: slice) -> None:
+        """As `_backward_dense`, from the gradient [r, K] at ids [r, K] of some positions."""
         if side.weight is None:
-            self.gradient(side.hidden).scatter_add_(-1, ids, gradient)
+            self.gradient(side.hidden)[rows].scatter_add_(-1, ids, gradient)
             return
-        hidden, weight = self.given[side.hidden], self.given[side.weight]
+        hidden, weight = self.given[side.hidden][rows], self.given[side.weight]
         if side.bias is not None and self.needed[side.bias]:
             self.gradient(side.bias).index_add_(0, ids.flatten(), gradient.flatten(), alpha=side.scale)
         if self.needed[side.hidden]:
             picked = torch.nn.functional.embedding_bag(ids, weight, per_sample_weights=gradient.to(weight.dtype), mode="sum")
-            self.gradient(side.hidden).add_(picked, alpha=side.scale)
+            self.gradient(side.hidden)[rows].add_(picked, alpha=side.scale)
         if self.needed[side.weight]:
             total = self.gradient(side.weight)
             step = max(1, 4 * self.block_bytes // (ids.shape[1] * hidden.shape[1] * self.dtype.itemsize))

@@ -40,9 +40,10 @@ def cross_entropy(
     check_mask(logits, mask)
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE)
+    rows, classes = (logits, labels) if logits.dim() == 2 else (logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
     values = F.cross_entropy(
-        upcast(logits).reshape(-1, logits.shape[-1]),
-        labels.reshape(-1),
+        upcast(rows),
+        classes,
         label_smoothing=label_smoothing,
         ignore_index=IGNORE,
         reduction="none" if reduction == "none" else "sum",
@@ -79,10 +80,9 @@ def kl_divergence(
     check_mask(student_logits, mask)
     check_divergence(temperature, kind, beta)
 
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
     student, teacher = select(student_logits, mask), select(teacher_logits.detach(), mask)
     scale = temperature**2 if scale_by_t2 else 1.0
-    if reduction != "none" and (kind == "forward" or (kind == "jsd" and beta == 0)):
+    if reduction in ("mean", "sum") and (kind == "forward" or (kind == "jsd" and beta == 0)):
         return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     return divergence_of_log_probs(log_q, log_p, kind=kind, beta=beta, scale=scale, mask=mask, reduction=reduction)

@@ -307,7 +307,8 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
                 "bytes": statistics.median(peak for _, peak in costs),
                 "time_ratio": statistics.median(ratios),
                 "time_ratio_range": [min(ratios), max(ratios)],
-                "memory_ratio": statistics.median(peak for _, peak in costs) / statistics.median(peak for _, peak in base),
+                "memory_ratio": statistics.median(peak for _, peak in costs)
+                / max(1, statistics.median(peak for _, peak in base)),
             }
             report["results"].append(row)
             print(line(row), flush=True)

@@ -106,6 +106,20 @@ class TestRecord:
             results.append(gradients(net))
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
+    def test_what_stood_on_the_module_before_is_seen_and_what_comes_later_is_not(self, x: Tensor) -> None:
+        net, other = Net(), torch.randn(3, 4)
+        plain = net.stem(x)
+        with taps.replace(net, {"stem": other}), taps.record(net, {"stem": "stem"}) as after:
+            net(x)
+        with taps.record(net, {"stem": "stem"}) as before, taps.replace(net, {"stem": other}):
+            net(x)
+        with taps.record(net, {"stem": "stem"}) as first, taps.record(net, {"stem": "stem"}) as second:
+            net(x)
+        assert after["stem"] is other
+        assert torch.equal(before["stem"], plain)
+        assert first["stem"] is second["stem"]
+        assert hooks(net) == 0
+
     def test_autocast_shows_what_flows(self, x: Tensor) -> None:
         net = Net()
         with torch.autocast("cpu", dtype=torch.bfloat16), taps.record(net, {"stem": "stem"}) as seen:

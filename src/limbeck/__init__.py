@@ -25,6 +25,7 @@ _HOMES = {
     "probe_run": "limbeck.engine.run",
     "Run": "limbeck.engine.run",
     "bench": "limbeck.engine.bench",
+    "cache": "limbeck.engine.cache",
     "load_recipe": "limbeck.engine.recipe",
     "VLM": "limbeck.models.vlm",
     "load_vlm": "limbeck.models.loading",
@@ -53,6 +54,7 @@ __all__ = [
     "Stage",
     "__version__",
     "bench",
+    "cache",
     "compose",
     "create",
     "distill",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from limbeck.api import create, list_methods
     from limbeck.batch import Batch
     from limbeck.engine.bench import bench
+    from limbeck.engine.cache import cache
     from limbeck.engine.recipe import load_recipe
     from limbeck.engine.run import Run, distill, evaluate_run, probe_run, resume, run
     from limbeck.errors import BadInput, LimbeckError

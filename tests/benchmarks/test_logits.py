@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "logits.py"
 
 
 def test_every_row_is_the_objective_of_its_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--no-peers", "--vocabulary", "300", "--tokens", "40", "--hidden", "8", "--repeats", "1", "--device", "cpu"]
+    small = ["--no-peers", "--vocabulary", "4000", "--tokens", "64", "--hidden", "8", "--repeats", "1", "--device", "cpu"]
     runpy.run_path(str(SCRIPT))["main"]([*small, "--json", str(tmp_path / "logits.json")])
     result = json.loads((tmp_path / "logits.json").read_text())
     assert all(row["same"] for row in result["results"])

@@ -15,7 +15,7 @@ import yaml
 
 from limbeck.cli.main import main
 
-COMMANDS = ("list", "show", "run", "resume", "evaluate", "bench", "compare", "probe", "taps")
+COMMANDS = ("list", "show", "run", "resume", "cache", "evaluate", "bench", "compare", "probe", "taps")
 
 
 @pytest.fixture
@@ -72,6 +72,44 @@ def test_help_is_quick_and_every_command_shows_an_example(limbeck):
 def test_the_command_line_loads_no_torch_for_help():
     code = "import sys; import limbeck.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_cache_and_a_run_from_it(limbeck, recipe_file, refused, tmp_path):
+    folder, kd = tmp_path / "cache", ("--method", "{name: kd}", "--evaluate", "[vqa-accuracy]")
+    status, out, error = limbeck("cache", recipe_file, *kd, "--out", folder, "--top-k", 16, "--quiet")
+    assert (status, error) == (0, "")
+    assert "covered mass" in out
+    assert f"limbeck run RECIPE --cache {folder}" in out
+    status, out, _ = limbeck("cache", recipe_file, *kd, "--out", folder, "--json")
+    result = json.loads(out)
+    assert result["samples"] == 48
+    [entry] = result["entries"].values()
+    assert entry["bytes"] == entry["rows"] * entry["bytes_a_row"]
+    assert 0.3 < entry["covered"]["min"] <= entry["covered"]["p5"] <= entry["covered"]["mean"] < 1
+    status, out, _ = limbeck("run", recipe_file, *kd, "--cache", folder, "--out", tmp_path / "run", "--json", "--quiet")
+    assert status == 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["cache"] == str(folder)
+    status, out, _ = limbeck("run", recipe_file, *kd, "--cache", folder, "--dry-run")
+    assert f"read from {folder}" in " ".join(out.split())
+    refused("run", recipe_file, *kd, "--cache", tmp_path / "nowhere", says="is no teacher cache")
+    refused("run", recipe_file, "--cache", folder, says="switch-route needs the teacher")
+    refused(
+        "run", recipe_file, *kd, "--cache", folder, "--method.temperature", 2, says="method.temperature is 1.0 in the cache, 2"
+    )
+    refused("bench", recipe_file, *kd, "--cache", folder, "--seeds", 2, says="bench draws new digit-scenes for each seed")
+    refused(
+        "bench",
+        recipe_file,
+        "--evaluate",
+        "[vqa-accuracy]",
+        "--cache",
+        folder,
+        says="method 'switch-kd' cannot learn from a cache",
+    )
+    status, _, error = limbeck("cache", recipe_file, "--out", tmp_path / "other")
+    assert status == 2
+    assert "method 'switch-kd' cannot learn from a cache" in error
+    assert not (tmp_path / "other").exists()
 
 
 def test_list_and_show(limbeck):

@@ -221,7 +221,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["index.md", "concepts.md", "methods/compose.md"])
+@pytest.mark.parametrize("page", ["index.md", "concepts.md", "heads.md", "methods/compose.md"])
 def test_blocks_of_plain_modules_run(page, here, capsys):
     namespace = run_blocks(page)
     if "run" in namespace:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from limbeck import __version__
-from limbeck.cli import bench, compare, evaluate, list_methods, probe, resume, run, show, taps
+from limbeck.cli import bench, cache, compare, evaluate, list_methods, probe, resume, run, show, taps
 from limbeck.errors import BadInput, LimbeckError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("list")(list_methods.command)
 app.command("show")(show.command)
 app.command("run", context_settings=OVERRIDES)(run.command)
 app.command("resume")(resume.command)
+app.command("cache", context_settings=OVERRIDES)(cache.command)
 app.command("evaluate")(evaluate.command)
 app.command("bench", context_settings=OVERRIDES)(bench.command)
 app.command("compare")(compare.command)

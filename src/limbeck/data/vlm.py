@@ -9,7 +9,9 @@ the k-th supervised token of the student is paired with the k-th of the teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import nlargest
 from itertools import islice
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from limbeck.data.records import VQARecord, open_image
+from limbeck.data.records import VQARecord, open_image, read_header
 from limbeck.errors import BadInput
 
 IGNORE = -100  # the label of every token that is not an answer's
@@ -29,6 +31,10 @@ IGNORE = -100  # the label of every token that is not an answer's
 _APPENDED_TYPE = {"PaliGemmaProcessor": 1}
 _LENGTHS_CHECKED = 16  # samples, the longest by far cheaper measure than encoding all of them
 _IMAGE_AS_CHARACTERS = 2400  # in that measure: about 600 tokens
+_IMAGE_AS_TOKENS = 600  # where a processor does not say
+_WEIGHED = 256  # records whose text is tokenised to learn how many tokens a byte is
+_PROBED_SIZES = [(16, 16), (64, 64), (512, 2048), (1024, 256), (1024, 1024)]  # do heights and widths change the number of tokens?
+_HEADER_READERS = 8  # threads
 _MEMO_SIZE = 16_384  # short texts and their token ids, in each encoder
 
 
@@ -108,6 +114,39 @@ class ConversationEncoder:
         sample["labels"] = torch.cat([torch.full_like(prompt_ids[0], IGNORE), prompt_ids.new_tensor(labels)])
         return sample
 
+    def rough_lengths(self, records: Sequence[VQARecord]) -> list[float]:
+        """About how many tokens each record has. Text counts by its bytes, pictures as the processor says of their sizes: headers are
+        read where the size matters, nothing is decoded.
+
+        Raises `BadInput`, naming the record, where a header cannot be read.
+        """
+        sizes = [sum(len(part.encode()) for turn in record.turns for part in turn) for record in records]
+        weighed = range(0, len(records), max(1, len(records) // _WEIGHED))
+        tokens = sum(len(self._tokenise(part)) for index in weighed for turn in records[index].turns for part in turn)
+        rate = tokens / max(1, sum(sizes[index] for index in weighed))
+        return [
+            self._fixed(record) + rate * size + pictured
+            for record, size, pictured in zip(records, sizes, self._pictured(records), strict=True)
+        ]
+
+    def _fixed(self, record: VQARecord) -> int:
+        """Tokens of the conversation's fixed text."""
+        layout = self._layout(len(record.images), len(record.turns))
+        return sum(len(self._tokenise(text)) for text in (*layout.before, *layout.after)) + len(self.closing_ids)
+
+    def _pictured(self, records: Sequence[VQARecord]) -> list[int]:
+        """Image tokens of each record, by what processors tell servers such as vLLM; `_IMAGE_AS_TOKENS` a picture where they do not."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            return [_IMAGE_AS_TOKENS * len(record.images) for record in records]
+        everywhere = set(count(image_sizes=_PROBED_SIZES).num_image_tokens)
+        if len(everywhere) == 1:
+            return [len(record.images) * each for each in everywhere for record in records]
+        with ThreadPoolExecutor(_HEADER_READERS) as readers:
+            measured = list(readers.map(_heights_and_widths, records))
+        counts = iter(count(image_sizes=[size for found in measured for size in found]).num_image_tokens)
+        return [sum(islice(counts, len(found))) for found in measured]
+
     def _tokenise(self, text: str) -> list[int]:
         if text not in self._memo:
             if len(self._memo) >= _MEMO_SIZE:
@@ -163,6 +202,13 @@ class VQADataset(Dataset[dict[str, Any]]):
         """Two samples to try models on: with a picture, where any has one."""
         pictured = (index for index, record in enumerate(self.records) if record.images)
         return list(islice(pictured, 2)) or list(range(min(2, len(self))))
+
+    @cached_property
+    def lengths(self) -> list[float]:
+        """About how many tokens each sample has, over both sides, by which batches of like length are made
+        (`ConversationEncoder.rough_lengths`)."""
+        sides = [encoder.rough_lengths(self.records) for encoder in self.encoders.values()]
+        return [sum(lengths) for lengths in zip(*sides, strict=True)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``id``, ``kind``, ``student`` and, where the teacher's processor differs, ``teacher``: see `ConversationEncoder`.
@@ -314,6 +360,14 @@ def _refuse_longer(sample: Mapping[str, Any], limit: int) -> None:
                 f"record {sample['id']!r} is {length} tokens long for the {side} ({answers} of them answer), longer than the context "
                 f"of {limit}: shorten it, leave it out, use smaller pictures, or raise max_length if the model allows it"
             )
+
+
+def _heights_and_widths(record: VQARecord) -> list[tuple[int, int]]:
+    try:
+        sizes = [read_header(image).size for image in record.images]
+    except Exception as error:  # image decoders raise all kinds
+        raise BadInput(f"record {record.id!r} cannot be encoded: {_one_line(error)}") from error
+    return [(height, width) for width, height in sizes]
 
 
 def _rough_size(record: VQARecord) -> int:

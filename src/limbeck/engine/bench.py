@@ -19,7 +19,7 @@ from torch import nn
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
 from limbeck.engine.run import environment, run, trained_student, with_inputs
-from limbeck.engine.task import build_task, load_teacher
+from limbeck.engine.task import build_task, load_teacher, open_cache
 from limbeck.errors import BadInput
 from limbeck.evaluate.cost import latencies
 from limbeck.models.vlm import VLM
@@ -56,8 +56,12 @@ def bench(
     arms = {recipe.method.name: recipe}
     for arm in recipe.arms:
         arms[arm if isinstance(arm, str) else arm.name] = recipe.with_method(arm)
+    for variant in arms.values():
+        open_cache(variant)  # what cannot train from it is refused before anything is trained
+    if recipe.cache is not None and seeds > 1 and recipe.data.source == "digit-scenes":
+        raise BadInput("bench draws new digit-scenes for each seed, and a cache holds one draw: leave `cache` out, or --seeds 1")
     check_same(folder, recipe)
-    teacher = load_teacher(recipe.teacher) if recipe.teacher else None
+    teacher = load_teacher(recipe.teacher) if recipe.teacher and recipe.cache is None else None
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}
     missing = [(arms[name].with_seed(seed), path) for (name, seed), path in paths.items() if not (path / "result.json").exists()]
     alone = torch.cuda.is_available() or recipe.student.source != "tiny"

@@ -40,7 +40,9 @@ class TrainConfig(Strict):
     precision: fp32 | bf16 | fp16 (autocast; weights stay float32). evaluate_every, checkpoint_every, log_every: optimiser steps;
     evaluate_every null = once an epoch, 0 = never. keep: checkpoints kept beside the best. ema: decay of an exponential moving average
     of the student, which is then evaluated and saved. diagnose_every: steps between two measurements of each term's share of the
-    gradient (0 = never).
+    gradient (0 = never). workers: processes that load data, for each that trains; null = none beside a CPU, up to 8 beside a GPU.
+    group_by_length: batches of samples of like length. compile: whose repeated blocks go through ``torch.compile``.
+    overlap_teacher: on a GPU, the teacher's forward runs on a stream of its own beside the student's.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -57,7 +59,10 @@ class TrainConfig(Strict):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | None = None
+    group_by_length: bool = False
+    compile: Literal["none", "student", "teacher", "both"] = "none"
+    overlap_teacher: bool = False
     evaluate_every: Annotated[int, Field(ge=0)] | None = None
     checkpoint_every: Annotated[int, Field(ge=0)] = 500
     log_every: Positive = 10

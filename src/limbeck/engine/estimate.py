@@ -9,11 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from limbeck.losses.linear import workspace_bytes
 from limbeck.models.vlm import VLM
 
 PARTS = ("vision", "projector", "language")
-GRADIENT_LOGIT, CONSTANT_LOGIT = 12, 6
-"""Bytes a logit: compute precision and float32, with gradients of both, or without."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,8 @@ def memory(
     DDP each process holds all of them, and gradients a second time in DDP's buckets; under FSDP2 (``sharded``) each holds 1/devices
     of them and, gathered in 2 bytes, the embedding and two blocks. ``mixed``: autocast keeps a 2-byte copy of the trained weights
     (DDP). The teacher is whole on every device either way. ``averaged``: an EMA of the student.
-    Activations: `activation_bytes` of the ``micro`` samples in flight. Logits: at supervised tokens, `GRADIENT_LOGIT` bytes on
-    a route with gradient, `CONSTANT_LOGIT` without. Left out: the allocator's fragmentation, the losses' own temporaries, NCCL: keep
-    a tenth of the device free.
+    Activations: `activation_bytes` of the ``micro`` samples in flight. Logits: `linear.workspace_bytes` of the supervised tokens, one head
+    a route. Left out: the allocator's fragmentation, NCCL: keep a tenth of the device free.
     """
     size = student.weight_bytes / student.total
     trained = sum(student.parameters[part] for part in work.trained)
@@ -180,19 +178,20 @@ def memory(
         "average": student.weight_bytes if averaged else 0.0,
         "teacher": 0.0,
         "activations": micro * activation_bytes(student, tokens, work, mixed=mixed),
-        "logits": micro * tokens.answer * student.vocabulary * GRADIENT_LOGIT,
+        "logits": 0.0,
     }
+    heads = [student.vocabulary]
     if teacher is not None:
         held["teacher"] = teacher.weight_bytes
     if teacher is not None and work.teacher:
         theirs = teacher_tokens or tokens
-        routes = CONSTANT_LOGIT + (GRADIENT_LOGIT if work.switch else 0)
-        held["logits"] += micro * theirs.answer * teacher.vocabulary * routes
+        heads += [teacher.vocabulary] * (2 if work.switch else 1)
         if work.switch:
             half = teacher.weight_bytes < 4 * teacher.total
             whole, layers = frozen_block_bytes(teacher.language, half=half), teacher.language.layers
             kept = whole + (2 if half else 4) * teacher.language.width * layers if work.recomputed_switch else whole * layers
             held["activations"] += micro * theirs.all * kept
+    held["logits"] = float(workspace_bytes(round(micro * tokens.answer), heads))
     return held
 
 

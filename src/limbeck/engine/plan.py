@@ -23,9 +23,18 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from limbeck.engine.batches import padding, sample_lengths
 from limbeck.engine.estimate import PARTS, Sizes, Tokens, Work, flops, image_tokens, memory, sizes_of
 from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe, parse_overrides
-from limbeck.engine.task import load_model, plain_task, vision_language_task
+from limbeck.engine.task import (
+    check_fingerprint,
+    data_specs,
+    load_model,
+    open_cache,
+    plain_task,
+    taught_task,
+    vision_language_task,
+)
 from limbeck.engine.trainer import PlannedStage, choose_trainable, match_stages, stage_steps
 from limbeck.errors import BadInput
 from limbeck.methods.base import Method
@@ -76,12 +85,19 @@ def plan(
     method_class: Any = find(resolved.method.name).load()
     hyper = vars(configure(method_class, resolved.method.hyper))
     student = skeleton(resolved.student)
-    teacher = skeleton(resolved.teacher) if resolved.teacher else None
-    method = method_class(student, teacher if method_class.needs_teacher else None, **hyper)
-    specs = {"train": resolved.data, **{stage.name: DataSpec(**stage.data) for stage in resolved.train.stages if stage.data}}
+    cached = open_cache(resolved)
+    teacher = skeleton(resolved.teacher) if resolved.teacher and resolved.cache is None else None
+    method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
+    if cached is not None:
+        check_fingerprint(resolved, method, cached)
+    specs = data_specs(resolved)
     if isinstance(method, VLMMethod):
-        return _plan_vision_language(resolved, method, teacher, specs, assumed)
-    return _plan_plain(resolved, method, teacher.model if isinstance(teacher, VLM) else teacher, specs, assumed)
+        planned = _plan_vision_language(resolved, method, teacher, specs, assumed)
+    else:
+        planned = _plan_plain(resolved, method, teacher.model if isinstance(teacher, VLM) else teacher, specs, assumed)
+    if cached is not None:
+        planned["notes"].append(f"the teacher is not loaded: what it says is read from {cached.folder}")
+    return planned
 
 
 def assumptions(overrides: Sequence[str], given: Mapping[str, Any]) -> tuple[Assumptions, list[str]]:
@@ -114,13 +130,19 @@ def skeleton(spec: ModelSpec) -> VLM | nn.Module:
         return load_model(spec.model_copy(update={"random_init": True, "weights": None}), seed=0)
 
 
+def views_of(method: VLMMethod) -> dict[str, VLM]:
+    """The student's view and, where the method asks a teacher in person, the teacher's."""
+    teacher = getattr(method, "teacher_view", None)
+    return {"student": method.view, **({} if teacher is None else {"teacher": teacher})}
+
+
 # -- vision-language models ------------------------------------------------------------------------------------------------------------
 
 
 def _plan_vision_language(
     recipe: Recipe, method: VLMMethod, teacher: VLM | nn.Module | None, specs: Mapping[str, DataSpec], assumed: Assumptions
 ) -> dict[str, Any]:
-    views = {"student": method.view, **({"teacher": method.teacher_view} if method.teacher_view else {})}
+    views = views_of(method)
     sizes = {side: sizes_of(view) for side, view in views.items()}
     lengths, tokens, notes = _measure(recipe, method, teacher, specs, assumed)
     stages = []
@@ -161,12 +183,15 @@ def _measure(
     recipe: Recipe, method: VLMMethod, teacher: VLM | nn.Module | None, specs: Mapping[str, DataSpec], assumed: Assumptions
 ) -> tuple[dict[str, int | None], dict[str, Tokens], list[str]]:
     """Samples by stage (None: unknown), tokens of an average sample by side, and what of it is assumed."""
-    views = {"student": method.view, **({"teacher": method.teacher_view} if method.teacher_view else {})}
+    views = views_of(method)
     lacking = next((path for spec in specs.values() for path in _absent(spec)), None)
     if lacking is None and method.view.processor is not None:
         task = vision_language_task(recipe, method, method.view, teacher, specs)
+        if (cached := open_cache(recipe)) is not None:
+            taught_task(recipe, task, cached)  # are its samples all there?
         samples: dict[str, int | None] = {stage: len(dataset) for stage, dataset in task.data.items()}
-        return samples, {side: _count(task.data["train"], side, view) for side, view in views.items()}, []
+        train = task.data["train"]
+        return samples, {side: _count(train, side, view) for side, view in views.items()}, [_padding(recipe, train, assumed)]
     why = f"{lacking} is not on this machine" if lacking else f"{recipe.student.name} has no processor"
     notes = [f"{why}: samples and tokens are assumed (--plan.samples, --plan.text_tokens, --plan.answer_tokens)"]
     tokens = {}
@@ -176,6 +201,16 @@ def _measure(
             raise BadInput(f"how many tokens a picture becomes in {view.family} depends on its size: state --plan.image_tokens")
         tokens[side] = Tokens(pictured, assumed.text_tokens, assumed.answer_tokens)
     return dict.fromkeys(specs, assumed.samples), tokens, notes
+
+
+def _padding(recipe: Recipe, dataset: Any, assumed: Assumptions) -> str:
+    """What grouping by length saves, or would save."""
+    config, lengths = recipe.train, sample_lengths(dataset)
+    batch = min(config.batch_size, len(dataset))
+    micro = config.micro_batch_size or max(1, batch // assumed.devices)
+    plain, grouped = (padding(lengths, batch, micro, seed=config.seed, grouped=grouped) for grouped in (False, True))
+    state = "on" if config.group_by_length else "off"
+    return f"padding is about {plain:.0%} of a micro-batch of {micro}, {grouped:.0%} with train.group_by_length (it is {state})"
 
 
 def _absent(spec: DataSpec) -> list[str]:
@@ -255,7 +290,11 @@ def _plan_plain(
 ) -> dict[str, Any]:
     """Forwards are counted, not estimated: torch's FlopCounterMode on one sample; 3 forwards of the student, 1 of the teacher."""
     task = plain_task(recipe, method, teacher, specs)
-    dataset = task.data["train"]
+    if (cached := open_cache(recipe)) is not None:
+        task = taught_task(recipe, task, cached)
+    dataset = next(iter(task.data.values()))
+    if recipe.train.group_by_length:
+        sample_lengths(dataset)
     batch = task.collate([dataset[index] for index in range(min(2, len(dataset)))])
     with torch.no_grad():
         method.eval().prepare(batch)

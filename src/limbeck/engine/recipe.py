@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from limbeck import __version__
 from limbeck.engine.config import TrainConfig
 from limbeck.errors import BadInput
 from limbeck.methods.registry import configure, find
@@ -68,6 +71,7 @@ class Recipe(Strict):
     student: ModelSpec
     teacher: ModelSpec | None = None
     data: DataSpec
+    cache: str | None = None
     train: TrainConfig = TrainConfig()
     evaluate: tuple[str, ...] = ("vqa-accuracy",)
     arms: tuple[Arm | str, ...] = ()
@@ -83,6 +87,11 @@ class Recipe(Strict):
         if self.data.source == "digit-scenes":
             update["data"] = DataSpec(**{**self.data.model_dump(), "seed": seed})
         return self.model_copy(update=update)
+
+    @property
+    def fingerprint(self) -> str:
+        """By what a teacher is known that this recipe trains."""
+        return hashlib.blake2b(f"{__version__}\n{self.dump()}".encode(), digest_size=8).hexdigest()
 
     def dump(self) -> str:
         """YAML that loads back to this recipe; defaults are left out."""
@@ -101,7 +110,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     if isinstance(source, Recipe):
         values, folder, where = source.model_dump(mode="json", exclude_defaults=True), Path.cwd(), "recipe"
     elif isinstance(source, Mapping):
-        values, folder, where = dict(source), Path.cwd(), "recipe"
+        values, folder, where = copy.deepcopy(dict(source)), Path.cwd(), "recipe"  # overrides are written into it
     else:
         path = locate(source)
         values, folder, where = _read_yaml(path), path.parent, str(path)
@@ -205,6 +214,8 @@ def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for key, change in (("data", data), ("student", model), ("teacher", model)):
         if key in changed:
             changed[key] = change(changed[key])
+    if isinstance(changed.get("cache"), str):
+        changed["cache"] = str((folder / changed["cache"]).resolve())
     if isinstance(changed.get("train"), Mapping) and isinstance(changed["train"].get("stages"), list):
         stages = [
             {**s, "data": data(s["data"])} if isinstance(s, dict) and s.get("data") else s for s in changed["train"]["stages"]

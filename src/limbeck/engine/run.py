@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -105,7 +104,8 @@ def resume(folder: str | Path, *, quiet: bool = False) -> Run:
 
 def evaluate_run(folder: str | Path, *, split: str = "test", names: Sequence[str] | None = None) -> dict[str, float]:
     """Measure the student of a finished run on a split. names: protocols, else the recipe's."""
-    task, accelerator = reopen(folder)
+    wanted = names or load_recipe(run_folder(folder) / "recipe.yaml").evaluate
+    task, accelerator = reopen(folder, teacher=any(map(protocols.needs_teacher, wanted)))
     task.batches(split)
     if names:
         task.protocols = tuple(names)
@@ -113,17 +113,22 @@ def evaluate_run(folder: str | Path, *, split: str = "test", names: Sequence[str
         return task.measure(task.method, accelerator, split=split)
 
 
-def reopen(folder: str | Path) -> tuple[Task, Accelerator]:
-    """The task of a finished run with its trained student in place, on the device, in eval mode."""
+def reopen(folder: str | Path, *, teacher: bool = True) -> tuple[Task, Accelerator]:
+    """The task of a finished run with its trained student in place, on the device, in eval mode.
+
+    teacher: whether it is needed; a run that trained from a cache, which still is there, is reopened without it otherwise.
+    """
     folder = run_folder(folder)
     if not (folder / "student").is_dir():
         raise BadInput(f"{folder} has no student yet: finish it with `limbeck resume {folder}`")
     recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.cache is not None and (teacher or not Path(recipe.cache).is_dir()):
+        recipe = recipe.model_copy(update={"cache": None})
     task = build_task(recipe, student=trained_student(folder, recipe))
     adapters = folder / "adapters.safetensors"
     if adapters.exists():
         with torch.no_grad():
-            task.method.prepare(typical_batch(task.data["train"], task.collate))
+            task.method.prepare(typical_batch(next(iter(task.data.values())), task.collate))
         task.method.load_state_dict(load_file(adapters), strict=False)
     forget_accelerator()
     accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision])
@@ -323,8 +328,7 @@ def environment() -> dict[str, Any]:
 def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM:
     """The student of a recipe, trained the first time it is asked for and kept in the cache under the recipe's fingerprint."""
     recipe = load_recipe(source, overrides)
-    fingerprint = hashlib.blake2b(f"{__version__}\n{recipe.dump()}".encode(), digest_size=8).hexdigest()
-    kept = cache_folder() / "teachers" / f"{Path(source).stem}-{fingerprint}"
+    kept = cache_folder() / "teachers" / f"{Path(source).stem}-{recipe.fingerprint}"
     state = processes()
     with one_at_a_time(kept.with_name(f"{kept.name}.lock"), state):
         [missing] = broadcast_object_list([not (kept / "student").is_dir()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from limbeck.data.loading import load_data
 from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.engine.batches import collate_pairs, evaluation_loader
 from limbeck.engine.checkpoint import load_weights
+from limbeck.engine.fingerprint import difference, identity
 from limbeck.engine.recipe import DataSpec, ModelSpec, Recipe
-from limbeck.engine.trainer import Trainer
+from limbeck.engine.taught import TaughtCollate, TaughtDataset
+from limbeck.engine.trainer import Trainer, match_stages
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
@@ -29,6 +31,7 @@ from limbeck.methods.registry import configure, find
 from limbeck.models.loading import imported, load
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
+from limbeck.teachers.cached import CachedTeacher
 from limbeck.teachers.frozen import FrozenTeacher
 
 EVALUATION_BATCH = 64
@@ -93,18 +96,75 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
     for name in recipe.evaluate:
         protocols.find(name)
     torch.manual_seed(recipe.train.seed)
+    cached = open_cache(recipe)
     student = student or load_model(trainable(recipe.student), recipe.train.seed)
-    if teacher is None and recipe.teacher is not None:
+    if teacher is None and recipe.teacher is not None and recipe.cache is None:
         teacher = load_teacher(recipe.teacher)
     if teacher is not None:
         FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
     method_class: Any = entry.load()
-    method = method_class(student, teacher if method_class.needs_teacher else None, **hyper)
-    stage_data = {stage.name: DataSpec(**stage.data) for stage in recipe.train.stages if stage.data}
-    specs = {"train": recipe.data, **stage_data}
+    method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
+    specs = data_specs(recipe)
     if isinstance(student, VLM):
-        return vision_language_task(recipe, method, student, teacher, specs)
-    return plain_task(recipe, method, teacher if isinstance(teacher, nn.Module) else None, specs)
+        task = vision_language_task(recipe, method, student, teacher, specs)
+    else:
+        task = plain_task(recipe, method, teacher if isinstance(teacher, nn.Module) else None, specs)
+    return task if cached is None else taught_task(recipe, task, cached)
+
+
+def data_specs(recipe: Recipe) -> dict[str, DataSpec]:
+    """The training data by stage; "train" is that of every stage without its own."""
+    return {"train": recipe.data, **{stage.name: DataSpec(**stage.data) for stage in recipe.train.stages if stage.data}}
+
+
+def taught_stages(recipe: Recipe, method: Method) -> list[str]:
+    """The keys of `data_specs` that some stage trains on."""
+    stages = [stage.name for stage, _ in match_stages(method.stages(), recipe.train.stages)]
+    specs = data_specs(recipe)
+    return list(dict.fromkeys(name if name in specs else "train" for name in stages))
+
+
+def check_cacheable(recipe: Recipe) -> None:
+    """`BadInput` where a recipe's method does not learn from a cache."""
+    method_class = find(recipe.method.name).load()
+    if not method_class.needs_teacher:
+        raise BadInput(f"method {method_class.name!r} learns from no teacher: there is nothing to cache")
+    if method_class.record is Method.record:
+        raise BadInput(f"method {method_class.name!r} cannot learn from a cache: {method_class.uncached}; `kd` and `compose` can")
+
+
+def open_cache(recipe: Recipe) -> CachedTeacher | None:
+    """The cached teacher of a recipe that trains from one; None for a method without a teacher (a control of such a recipe)."""
+    if recipe.cache is None:
+        return None
+    needing = [name for name in recipe.evaluate if protocols.needs_teacher(name)]
+    if needing:
+        raise BadInput(
+            f"evaluate: {', '.join(needing)} needs the teacher, which a run from a cache does not load: leave it out, and measure it "
+            f"afterwards with `limbeck evaluate RUN --protocol {needing[0]}`"
+        )
+    if not find(recipe.method.name).load().needs_teacher:
+        return None
+    check_cacheable(recipe)
+    return CachedTeacher(recipe.cache)
+
+
+def check_fingerprint(recipe: Recipe, method: Method, cached: CachedTeacher) -> None:
+    """`BadInput` that names the first thing in which the cache is not this recipe's."""
+    specs = data_specs(recipe)
+    ours = identity(recipe, method, {stage: specs[stage] for stage in taught_stages(recipe, method)})
+    differs = difference(cached.index.identity, ours)
+    if differs:
+        raise BadInput(
+            f"{cached.folder} is not the cache of this recipe: {differs}; write another with `limbeck cache RECIPE --out FOLDER`"
+        )
+
+
+def taught_task(recipe: Recipe, task: Task, cached: CachedTeacher) -> Task:
+    """The task with what the cached teacher said beside every training sample."""
+    check_fingerprint(recipe, task.method, cached)
+    data = {stage: TaughtDataset(task.data[stage], cached, stage) for stage in taught_stages(recipe, task.method)}
+    return replace(task, data=data, collate=TaughtCollate(task.collate, cached))
 
 
 def vision_language_task(

@@ -9,8 +9,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from limbeck.engine.batches import StepSampler, check_trainable, collate_pairs, training_loader, typical_batch
+from limbeck.engine.batches import (
+    StepSampler,
+    check_trainable,
+    check_workers,
+    collate_pairs,
+    loaded,
+    sample_lengths,
+    training_loader,
+    typical_batch,
+    worker_count,
+)
 from limbeck.engine.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -40,6 +50,7 @@ from limbeck.engine.checkpoint import (
     unflatten,
     write_atomically,
 )
+from limbeck.engine.compiling import Compiled
 from limbeck.engine.config import StageConfig, TrainConfig
 from limbeck.engine.diagnosis import shares
 from limbeck.engine.progress import Progress
@@ -55,7 +66,8 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage with every number resolved. batch_size: over all processes; micro: of a process at a time; steps: optimiser steps."""
+    """One stage with every number resolved. batch_size: over all processes; micro: of a process at a time; steps: optimiser steps;
+    lengths: of every sample, where batches are to be of like length."""
 
     name: str
     trainable: tuple[str, ...]
@@ -66,6 +78,7 @@ class PlannedStage:
     steps: int
     lr: float
     evaluate_every: int
+    lengths: Tensor | None = None
 
 
 @dataclass
@@ -109,6 +122,8 @@ class Trainer:
         self.collate, self.evaluate = collate, evaluate
         self.checkpoints = Checkpoints(self.out / "checkpoints")
         self.progress = Progress(quiet=quiet or not self.accelerator.is_main_process)
+        self.workers = worker_count(config.workers, self.accelerator.device)
+        self.compiled = Compiled((), self.progress.warn)
         self.plan = self._plan(data)
         self.position = Position()
         self.ema: torch.optim.swa_utils.AveragedModel | None = None
@@ -130,11 +145,14 @@ class Trainer:
             per_epoch = len(dataset) // batch_size
             steps = stage_steps(config, given, per_epoch)
             every = per_epoch if config.evaluate_every is None else config.evaluate_every
+            lengths = sample_lengths(dataset) if config.group_by_length else None
+            check_workers(dataset, self.collate, self.workers)
             planned.append(
                 PlannedStage(
-                    stage.name, stage.trainable, stage.weights, dataset, batch_size, micro, steps, given.lr or config.lr, every
+                    stage.name, stage.trainable, stage.weights, dataset, batch_size, micro, steps, given.lr or config.lr, every,
+                    lengths,
                 )
-            )
+            )  # fmt: skip
         return planned
 
     @property
@@ -149,6 +167,7 @@ class Trainer:
         self.method.to(device)
         for teacher in self.method.teachers():
             teacher.to(device)
+            teacher.overlap = self.config.overlap_teacher
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
         first = self.plan[0]
@@ -194,7 +213,8 @@ class Trainer:
         self.accelerator.init_trackers("limbeck", {}) if self.config.trackers else None
         with self.progress.bar(self.total_steps, self.position.step):
             for index in range(self.position.stage, len(self.plan)):
-                self._stage(index, checkpoint)
+                with ExitStack() as held:
+                    self._stage(index, checkpoint, held)
                 checkpoint = None
         self._keep_best()
         metrics = self.measured(self.evaluate) if self.evaluate else {}
@@ -203,7 +223,8 @@ class Trainer:
             tracker.finish()
         return metrics
 
-    def _stage(self, index: int, checkpoint: Checkpoint | None) -> None:
+    def _stage(self, index: int, checkpoint: Checkpoint | None, held: ExitStack) -> None:
+        """Train one stage. held: closed when it ends, however it ends."""
         stage, config, accelerator, bare = self.plan[index], self.config, self.accelerator, self.method
         if accelerator.is_fsdp2:
             self.method = replica(bare)
@@ -214,12 +235,10 @@ class Trainer:
         model, optimizer = accelerator.prepare(self.method, optimizer)
         if checkpoint is not None:
             self._restore_stage(checkpoint, model, optimizer)
+        self._compile(stage, held)
         pieces = stage.batch_size // (stage.micro * accelerator.num_processes)
-        sampler = StepSampler(
-            len(stage.dataset), stage.batch_size, stage.micro, seed=config.seed, rank=accelerator.process_index,
-            world=accelerator.num_processes, start=self.position.in_stage, stop=stage.steps,
-        )  # fmt: skip
-        batches = iter(training_loader(stage.dataset, self.collate, sampler, seed=config.seed, workers=config.workers))
+        batches = self._batches(stage, self.position.in_stage, stage.steps, self.workers)
+        held.callback(batches.close)
         journal = Journal(self, stage)
         model.train()
         while self.position.in_stage < stage.steps:
@@ -253,32 +272,78 @@ class Trainer:
         self.position.stage, self.position.in_stage = index + 1, 0
 
     def _step(self, model: nn.Module, optimizer: Any, micro: list[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
-        """One optimiser step over this process's micro-batches; returns them and the mean of each weighted term over all processes."""
-        accelerator = self.accelerator
-        counts = torch.tensor([float(self.method.units(batch)) for batch in micro])
-        total = counts.sum()
-        if accelerator.num_processes > 1:
-            total = accelerator.reduce(total.to(accelerator.device)).cpu()
-        shares_of_batch = counts / total.clamp_min(1)
+        """One optimiser step over this process's micro-batches; returns them and the mean of each weighted term over all processes.
+
+        Nothing here waits for the device. accelerate's own ``backward`` and optimiser scale what fp16 asks to be scaled; elsewhere they
+        only take time (half a millisecond a step: they look for packages), so that torch is called directly.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
         sums: dict[str, Tensor] = {}
         batches = []
-        for index, batch in enumerate(micro):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            share = shares_of_batch[index].item()
+        for index, (batch, share) in enumerate(zip(micro, self._shares(micro), strict=True)):
+            if device.type != "cpu":
+                batch = send_to_device(batch, device, non_blocking=True)
             with synchronised(accelerator, model, index == len(micro) - 1):
                 losses = Losses(model(batch))
                 # DDP averages gradients over processes; the share is of the global batch.
-                accelerator.backward(losses.total * (share * accelerator.num_processes))
+                total = times(losses.total, share * accelerator.num_processes)
+                total.backward() if accelerator.scaler is None else accelerator.backward(total)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() * share
+                part = times(value.detach().float(), share)
+                sums[name] = sums[name] + part if name in sums else part
             batches.append(batch)
         if self.config.clip is not None:
-            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            if accelerator.is_fsdp2:  # in the model's own order: accelerate compares the list with it, element by element
+                accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.config.clip)
+            else:
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                accelerator.unscale_gradients(optimizer)
+                nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        (optimizer.optimizer if accelerator.scaler is None else optimizer).step()
+        optimizer.optimizer.zero_grad(set_to_none=True)
         if accelerator.num_processes > 1:
             sums = {name: accelerator.reduce(value) for name, value in sums.items()}
         return batches, sums
+
+    def _shares(self, micro: list[Batch]) -> Sequence[float | Tensor]:
+        """The share of each micro-batch in the units of the whole batch; on the device where other processes hold parts of that."""
+        counts = [float(self.method.units(batch)) for batch in micro]
+        if self.accelerator.num_processes == 1:
+            whole = max(sum(counts), 1.0)
+            return [count / whole for count in counts]
+        units = self.accelerator.reduce(torch.full((), sum(counts), device=self.accelerator.device)).clamp_min(1)
+        return [count / units for count in counts]
+
+    def _batches(self, stage: PlannedStage, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
+        """This process's micro-batches from step ``start`` to step ``stop`` of a stage."""
+        sampler = StepSampler(
+            len(stage.dataset), stage.batch_size, stage.micro, seed=self.config.seed, rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes, start=start, stop=stop, lengths=stage.lengths,
+        )  # fmt: skip
+        pinned = self.accelerator.device.type == "cuda"
+        return loaded(
+            training_loader(stage.dataset, self.collate, sampler, seed=self.config.seed, workers=workers, pinned=pinned)
+        )
+
+    def _compile(self, stage: PlannedStage, held: ExitStack) -> None:
+        """Compile what ``train.compile`` names, and ask for the losses of the stage's first batch once, also where a run resumes
+        elsewhere: what cannot be compiled is known before a step is taken, and graphs depend on no other batch."""
+        models = [self.method.student] if self.config.compile in ("student", "both") else []
+        if self.config.compile in ("teacher", "both"):
+            models += [teacher.module for teacher in self.method.teachers()]
+        self.compiled = Compiled(models, self.progress.warn)
+        held.callback(self.compiled.close)
+        if not models:
+            return
+        random, buffers = rng_state(), {name: buffer.clone() for name, buffer in self.method.named_buffers()}
+        batch = next(self._batches(stage, 0, 1, workers=0))
+        self.method.train()
+        with self.accelerator.autocast():
+            self.method(send_to_device(batch, self.accelerator.device))
+        with torch.no_grad():
+            for name, buffer in self.method.named_buffers():
+                buffer.copy_(buffers[name])
+        restore_rng(random)
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------
 
@@ -286,7 +351,7 @@ class Trainer:
         """Call ``measure`` on the student as it would be shipped: eval mode, averaged weights, the run's precision, no gradient."""
         was_training = self.method.training
         self.method.eval()
-        with self._averaged(), gathered(self.method), torch.no_grad(), self.accelerator.autocast():
+        with self.compiled.paused(), self._averaged(), gathered(self.method), torch.no_grad(), self.accelerator.autocast():
             metrics = measure(self.method, self.accelerator)
         self.method.train(was_training)
         return metrics
@@ -441,14 +506,14 @@ class Journal:
 
     def __init__(self, trainer: Trainer, stage: PlannedStage) -> None:
         self.trainer, self.stage = trainer, stage
-        self.pending: list[tuple[int, list[Batch], dict[str, Tensor]]] = []
+        self.pending: list[tuple[int, list[Any], dict[str, Tensor]]] = []
         self.every = 1 if trainer.accelerator.device.type == "cpu" else trainer.config.log_every
         self.rows: list[dict[str, float]] = []
         self.samples, self.since, self.lr = 0, time.perf_counter(), 0.0
         self.remarked: set[str] = set()
 
     def add(self, batches: list[Batch], terms: dict[str, Tensor], lr: float) -> None:
-        self.pending.append((self.trainer.position.step, batches, terms))
+        self.pending.append((self.trainer.position.step, [batch["ids"] for batch in batches], terms))
         self.samples += self.stage.batch_size
         self.lr = lr
         if len(self.pending) >= self.every:
@@ -458,11 +523,11 @@ class Journal:
 
     def _read(self) -> None:
         """Look at the pending terms; the first that is not finite stops the run."""
-        for step, batches, terms in self.pending:
+        for step, sampled, terms in self.pending:
             values = {name: value.item() for name, value in terms.items()}
             broken = [name for name, value in values.items() if not math.isfinite(value)]
             if broken:
-                ids = [str(name) for batch in batches for name in batch["ids"]]
+                ids = [str(name) for names in sampled for name in names]
                 last = self.trainer.checkpoints.all()
                 kept = f"the checkpoint of step {last[-1].step} is intact" if last else "no checkpoint was written yet"
                 raise NonFiniteLoss(
@@ -504,7 +569,8 @@ class Journal:
     def diagnose(self, batch: Batch) -> None:
         """Measure each term's share of the gradient and its agreement with the others; warn in words."""
         trainer = self.trainer
-        report, remarks = shares(trainer.method, batch)
+        with trainer.compiled.paused():
+            report, remarks = shares(trainer.method, batch)
         trainer._write({"step": trainer.position.step, "stage": self.stage.name, "gradient": report})
         for term, remark in remarks.items():
             if term not in self.remarked:
@@ -586,14 +652,14 @@ def enable_gradient_checkpointing(student: nn.Module) -> None:
     switch({"use_reentrant": False})
 
 
-@contextmanager
-def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
+def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients cross processes with the last micro-batch of a step only."""
-    if last:
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def times(value: Tensor, share: float | Tensor) -> Tensor:
+    """The product; nothing is computed where the share is a plain 1."""
+    return value if isinstance(share, float) and share == 1 else value * share
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

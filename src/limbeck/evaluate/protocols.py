@@ -95,6 +95,8 @@ class VQAAccuracy:
 class SwitchRoute:
     """``switch_route_accuracy``: exact answers of L_T(P_T(V_S(x))), the student's eyes with the teacher's voice (Switch-KD)."""
 
+    needs_teacher = True
+
     def __init__(self, method: Any, teacher: VLM | None) -> None:
         self.teacher = required(teacher, "switch-route")
         self.student, self.switched, self.means = method.view, switch_of(method), Means()
@@ -117,6 +119,8 @@ class SwitchRoute:
 class TeacherAgreement:
     """``teacher_agreement``: share of answer tokens where student and teacher put the same token first;
     ``teacher_accuracy``: the teacher's own exact answers."""
+
+    needs_teacher = True
 
     def __init__(self, method: Any, teacher: VLM | None) -> None:
         self.student, self.teacher, self.means = method.view, required(teacher, "teacher-agreement"), Means()
@@ -160,6 +164,11 @@ def find(name: str) -> Callable[[Any, Any], Measure]:
     if name not in PROTOCOLS:
         raise BadInput(f"evaluate: unknown protocol {name!r}; {nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether the protocol of that name compares with the teacher (its class says ``needs_teacher = True``)."""
+    return getattr(find(name), "needs_teacher", False)
 
 
 def default_for(method: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
 
 IGNORE = -100
 """The label of a position without supervision, as in PyTorch and transformers."""
+SUM = 2  # at::Reduction::Sum
 
 
 def cross_entropy(
@@ -41,6 +42,11 @@ def cross_entropy(
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE)
     rows, classes = (logits, labels) if logits.dim() == 2 else (logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    if (
+        reduction == "mean" and not label_smoothing
+    ):  # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
+        total, count = torch.ops.aten.nll_loss_forward(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
+        return total / count.clamp_min(1)
     values = F.cross_entropy(
         upcast(rows),
         classes,
@@ -104,7 +110,7 @@ def divergence_of_log_probs(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if reduction == "mean":
         scale /= _positions(log_q)
-    summed = "none" if reduction == "none" else "sum"
+    summed: Literal["sum", "none"] = "none" if reduction == "none" else "sum"
     if kind == "forward" or (kind == "jsd" and beta == 0):
         values = _kl(log_p, log_q, summed)
     elif kind == "reverse" or (kind == "jsd" and beta == 1):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from limbeck.batch import Batch
+from limbeck.teachers.cached import Rows
 from limbeck.teachers.frozen import FrozenTeacher
 
 
@@ -18,8 +20,8 @@ class Losses(dict[str, Tensor]):
 
     @property
     def total(self) -> Tensor:
-        """The sum of the terms: what is backpropagated."""
-        return torch.stack([value.float() for value in self.values()]).sum()
+        """The sum of the terms: what is backpropagated. Every term gets one and the same upstream gradient."""
+        return reduce(add, [value.float() for value in self.values()])
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     Config: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
+    uncached: ClassVar[str] = "it does not say what to keep of its teacher (Method.record)"
 
     student: nn.Module
     teacher: FrozenTeacher | None = None
@@ -74,6 +77,18 @@ class Method(nn.Module):
         by it, so that however a batch is split, its gradient is that of the whole."""
         return len(batch["ids"])
 
+    def recorded(self) -> Mapping[str, Any]:
+        """The settings (JSON values) that `record` depends on: a cache that was written under others is refused."""
+        return {}
+
+    def record(self, batch: Batch, top_k: int) -> dict[str, Rows]:
+        """What a teacher cache keeps of the teacher for this batch, by entry; called on the device, under no_grad.
+
+        top_k: ids kept of a distribution. A method that defines it finds the same entries, joined to a batch, in ``batch["taught"]``
+        when it trains from a cache, is given a `CachedTeacher` as teacher, and calls none. One that does not is refused with ``uncached``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define record(batch, top_k) to learn from a cache")
+
     def after_step(self, step: int) -> None:
         """Called after optimiser step number ``step`` (from 1): EMA, queues, memory banks, schedules of weights."""
 
@@ -87,7 +102,10 @@ class Method(nn.Module):
 
     def weigh(self, **terms: Tensor) -> Losses:
         """Multiply raw terms by ``self.weights``; a name without a weight counts once."""
-        return Losses({name: value * self.weights.get(name, 1.0) for name, value in terms.items()})
+        for name, weight in self.weights.items():
+            if weight != 1 and name in terms:
+                terms[name] = terms[name] * weight
+        return Losses(terms)
 
     def needs(self, term: str) -> bool:
         """Whether a term's weight is not zero: a route whose weight is zero need not run."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from limbeck import losses, taps
 from limbeck.batch import Batch
 from limbeck.errors import BadInput, LimbeckError
+from limbeck.losses.top_k import TopK, top_k_divergence
+from limbeck.losses.top_k import top_k as top_k_of
 from limbeck.methods.base import Losses, Method
 from limbeck.modules.projectors import infer_adapter
 from limbeck.naming import nearest
+from limbeck.teachers.cached import CachedTeacher, Rows
 from limbeck.teachers.frozen import FrozenTeacher
 
 
@@ -118,7 +121,9 @@ class KD(Objective):
         if student.shape != teacher.shape:
             raise BadInput(f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape")
 
-    def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, student: Tensor, teacher: Tensor | TopK, labels: Tensor) -> Tensor:
+        if isinstance(teacher, TopK):
+            return top_k_divergence(student, teacher, kind=self.kind, beta=self.beta)
         return losses.kl_divergence(student, teacher, temperature=self.temperature, kind=self.kind, beta=self.beta)
 
 
@@ -234,7 +239,7 @@ class Compose(Method):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | FrozenTeacher | None = None,
+        teacher: nn.Module | FrozenTeacher | CachedTeacher | None = None,
         objectives: Sequence[Objective | str | Mapping[str, Any]] = ("ce", "kd"),
     ) -> None:
         super().__init__()
@@ -250,6 +255,8 @@ class Compose(Method):
             needing = [name for name, term in self.objectives.items() if term.needs_teacher]
             if needing:
                 raise BadInput(f"no teacher is given, and {', '.join(needing)} needs one: give a teacher, or only 'ce'")
+            return
+        if isinstance(teacher, CachedTeacher):
             return
         module = teacher.module if isinstance(teacher, FrozenTeacher) else teacher
         if not {id(p) for p in module.parameters()}.isdisjoint(id(p) for p in student.parameters()):
@@ -267,7 +274,7 @@ class Compose(Method):
         if labels is None and (needing := [name for name, term in self.objectives.items() if term.needs_labels]):
             raise BadInput(f"the batch has no labels, and {', '.join(needing)} needs them")
         with _undisturbed(self.student, pixel_values.device):
-            pairs = self._observe(pixel_values, self.objectives)
+            pairs = self._observe(batch, self.objectives)
         like = next((p for p in self.student.parameters() if p.is_floating_point()), pixel_values)
         self.adapters, self.rows = nn.ModuleDict(), []
         for name, term in self.objectives.items():
@@ -290,31 +297,64 @@ class Compose(Method):
         """The weighted terms of {"pixel_values": [B, ...], "labels": [B]}; terms of weight 0 are not computed."""
         if not self.rows:
             raise LimbeckError("the adapters do not exist yet: call method.prepare(batch) before the first step")
-        pixel_values, labels = _inputs(batch)
+        _, labels = _inputs(batch)
         active = {name: term for name, term in self.objectives.items() if self.needs(name)}
-        terms = {}
-        for name, (student, teacher) in self._observe(pixel_values, active).items():
-            if name in self.adapters:
-                student = self.adapters[name](student)
+        adapters, terms = self.adapters, {}
+        for name, (student, teacher) in self._observe(batch, active).items():
+            if name in self.student_taps:
+                student = adapters[name](student)
             terms[name] = active[name].loss(student, teacher, labels)
         return self.weigh(**terms)
 
-    def _observe(self, pixel_values: Tensor, terms: Mapping[str, Objective]) -> dict[str, tuple[Any, Any]]:
+    def recorded(self) -> dict[str, Any]:
+        return {
+            name: {"temperature": term.temperature}
+            if isinstance(term, KD)
+            else {"teacher": self.teacher_taps.get(name, "logits")}
+            for name, term in self.objectives.items()
+            if term.needs_teacher
+        }
+
+    def record(self, batch: Batch | Sequence[Tensor], top_k: int) -> dict[str, Rows]:
+        """A row a sample: of ``kd`` the likeliest classes, of other terms on logits all of them, of features the teacher's layer."""
+        entries = {}
+        for name, told in self._ask(_inputs(batch)[0], self.objectives).items():
+            term, samples = self.objectives[name], len(_inputs(batch)[0])
+            if not isinstance(told, Tensor) or len(told) != samples or (isinstance(term, KD) and told.dim() != 2):
+                shape = list(told.shape) if isinstance(told, Tensor) else type(told).__name__
+                raise BadInput(f"{name}: the teacher gives {shape} for {samples} samples: a cache keeps one row of each")
+            counts = torch.ones(samples, dtype=torch.int32)
+            entries[name] = Rows(top_k_of(told, top_k, temperature=term.temperature) if isinstance(term, KD) else told, counts)
+        return entries
+
+    def _observe(self, batch: Batch | Sequence[Tensor], terms: Mapping[str, Objective]) -> dict[str, tuple[Any, Any]]:
         """What each term compares, the student's side and the teacher's: logits or tapped features. Each model runs once."""
+        pixel_values, _ = _inputs(batch)
+        taught = batch.get("taught") if isinstance(batch, Mapping) else None
+        if taught is None:
+            with nullcontext() if self.teacher is None else self.teacher.aside():
+                taught = self._ask(pixel_values, terms)
         with taps.record(self.student, self.student_taps) as student:
-            student_output = self.student(pixel_values)
-        if any(term.needs_teacher for term in terms.values()):
-            assert self.teacher is not None
-            given = pixel_values.to(self.teacher_dtype) if pixel_values.is_floating_point() else pixel_values
-            with taps.record(self.teacher.module, self.teacher_taps) as teacher:
-                teacher_output = self.teacher(given)
-        pairs: dict[str, tuple[Any, Any]] = {}
-        for name, term in terms.items():
-            if name in self.student_taps:
-                pairs[name] = student[name], teacher[name]
-            else:
-                pairs[name] = _logits(student_output), _logits(teacher_output) if term.needs_teacher else None
-        return pairs
+            output = self.student(pixel_values)
+        if self.teacher is not None:
+            self.teacher.join()
+        return {
+            name: (student[name] if name in self.student_taps else _logits(output), taught[name] if term.needs_teacher else None)
+            for name, term in terms.items()
+        }
+
+    def _ask(self, pixel_values: Tensor, terms: Mapping[str, Objective]) -> dict[str, Any]:
+        """What the teacher says to each term that needs one: its logits, or a tapped feature."""
+        needing = [name for name, term in terms.items() if term.needs_teacher]
+        if not needing:
+            return {}
+        assert self.teacher is not None
+        given = pixel_values
+        if given.dtype != self.teacher_dtype and given.is_floating_point():
+            given = given.to(self.teacher_dtype)
+        with taps.record(self.teacher.module, self.teacher_taps) as seen:
+            output = self.teacher(given)
+        return {name: seen[name] if name in self.teacher_taps else _logits(output) for name in needing}
 
 
 def compose(

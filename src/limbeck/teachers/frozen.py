@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +20,10 @@ class FrozenTeacher:
     ``teacher.module`` directly: its parameters still require none.
 
     dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. spec: how to rebuild it, kept in the run folder.
+    overlap: on a GPU, `aside` lets the teacher's work run beside the student's.
     """
+
+    overlap = False
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None, spec: dict[str, Any] | None = None) -> None:
         if isinstance(module, FrozenTeacher):
@@ -26,20 +32,50 @@ class FrozenTeacher:
         if dtype is not None:
             self.module.to(dtype)
         self.spec = spec or {}
+        self._stream: torch.cuda.Stream | None = None
 
     @classmethod
     def of(cls, teacher: nn.Module | FrozenTeacher) -> FrozenTeacher:
         """The teacher itself if it is frozen already, else a new one around the module."""
         return teacher if isinstance(teacher, FrozenTeacher) else cls(teacher)
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is queued inside runs beside what the caller queues afterwards, on a stream of the teacher's own; `join` before any of it
+        is read. Nothing else than ordinary order where ``overlap`` is off, or off a GPU.
+
+        The stream starts only when all that was queued before is done. So memory that one step's teacher gave back is not written by
+        the next step's before every reader of it is through.
+        """
+        if not self.overlap or self.device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """From here on, the caller's stream has waited for what was queued `aside`."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_stream": None}
 
     def to(self, device: torch.device | str) -> FrozenTeacher:
         """Move the weights; returns self."""
         self.module.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first tensor stands; the CPU for a module without any."""
+        return next((tensor.device for tensor in chain(self.module.parameters(), self.module.buffers())), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -75,6 +75,15 @@ class VLMMethod(Method):
         reading = self.teacher_view.read(inputs)
         return Route(reading, self.teacher_view.logits(reading.hidden[supervised(inputs["labels"])[0]]))
 
+    def both_routes(self, batch: Batch) -> tuple[Route, Tensor, Route]:
+        """`student_route` and `teacher_route`: the student's route, the labels, the teacher's route. On a GPU they may overlap."""
+        assert self.teacher is not None
+        with self.teacher.aside():
+            teacher = self.teacher_route(batch)
+        student, labels = self.student_route(batch)
+        self.teacher.join()
+        return student, labels, teacher
+
     @torch.no_grad()
     def teacher_top_k(self, batch: Batch, k: int, temperature: float) -> Rows:
         """The k likeliest shared ids of the teacher at the answer positions, for a cache."""

@@ -49,8 +49,7 @@ class BiLD(VLMMethod):
         self.weights = {"ce": self.config.ce, "bild": self.config.bild}
 
     def forward(self, batch: Batch) -> Losses:
-        teacher = self.teacher_route(batch)
-        student, labels = self.student_route(batch)
+        student, labels, teacher = self.both_routes(batch)
         config = self.config
         difference = linear.BiLD(
             student.logits,

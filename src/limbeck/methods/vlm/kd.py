@@ -61,8 +61,7 @@ class KD(VLMMethod):
             student, labels = self.student_route(batch)
             kept = TopKDivergence(student.logits, batch["taught"]["kd"], kind=config.divergence, beta=config.beta)
             return self.terms(ce=CrossEntropy(student.logits, labels), kd=kept)
-        teacher = self.teacher_route(batch)
-        student, labels = self.student_route(batch)
+        student, labels, teacher = self.both_routes(batch)
         divergence = Divergence(
             student.logits,
             teacher.logits,

@@ -118,10 +118,11 @@ class SwitchKD(VLMMethod):
         return self.teacher_view.logits(hidden)
 
     def forward(self, batch: Batch) -> Losses:
-        student, labels = self.student_route(batch)
+        if not (self.needs("align") or self.needs("switch")):
+            student, labels = self.student_route(batch)
+            return self.terms(ce=CrossEntropy(student.logits, labels))
+        student, labels, teacher = self.both_routes(batch)
         terms: dict[str, Term] = {"ce": CrossEntropy(student.logits, labels)}
-        if self.needs("align") or self.needs("switch"):
-            teacher = self.teacher_route(batch)
         if self.needs("align"):
             terms["align"] = self.difference(student.logits, teacher.logits)
         if self.needs("switch") and (visual := student.reading.visual) is not None:

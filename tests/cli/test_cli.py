@@ -261,15 +261,17 @@ def test_missing_image_empty_data_and_absent_column(refused, recipe_file, tmp_pa
 
 
 def test_a_nan_loss_names_step_terms_and_samples_and_keeps_the_last_checkpoint(limbeck, recipe_file, tmp_path, monkeypatch):
-    from limbeck.methods.vlm import switch_kd
+    from limbeck.methods.vlm.switch_kd import SwitchKD
 
-    own, calls = switch_kd.cross_entropy, []
+    own, calls = SwitchKD.terms, []
 
-    def poisoned(*args, **kwargs):
+    def poisoned(self, **terms):
         calls.append(None)
-        return own(*args, **kwargs) * (math.nan if len(calls) == 8 else 1)
+        losses = own(self, **terms)
+        losses["ce"] = losses["ce"] * (math.nan if len(calls) == 8 else 1)
+        return losses
 
-    monkeypatch.setattr(switch_kd, "cross_entropy", poisoned)
+    monkeypatch.setattr(SwitchKD, "terms", poisoned)
     run = tmp_path / "run"
     status, _, error = limbeck("run", recipe_file, "--out", run, "--quiet")
     assert status == 2
@@ -277,7 +279,7 @@ def test_a_nan_loss_names_step_terms_and_samples_and_keeps_the_last_checkpoint(l
     assert "digit-scenes/train/" in error
     assert "the checkpoint of step 6 is intact" in error
     assert not (run / "student").exists()
-    monkeypatch.setattr(switch_kd, "cross_entropy", own)
+    monkeypatch.setattr(SwitchKD, "terms", own)
     assert limbeck("resume", run, "--quiet")[0] == 0
 
 

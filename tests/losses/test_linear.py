@@ -1,5 +1,7 @@
 """Terms over logits that never exist whole, against the plain losses on whole logits in float64: values and every gradient."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,11 +81,12 @@ def agree(ours, plain, parameters, rtol=1e-7, atol=1e-9):
 
 @pytest.mark.parametrize("name", TERMS)
 @settings(max_examples=25, deadline=None)
-@given(count=positions, head=heads, rows=st.integers(1, 4), seed=st.integers(0, 99))
-def test_a_term_is_the_plain_loss_in_value_and_in_every_gradient(name, count, head, rows, seed):
+@given(count=positions, head=heads, rows=st.integers(1, 4), few=st.sampled_from([0, 8]), seed=st.integers(0, 99))
+def test_a_term_is_the_plain_loss_in_value_and_in_every_gradient(name, count, head, rows, few, seed):
     student, teacher, labels = draw(count, seed=seed, **head)
     term, plain = both(name, student, teacher, labels)
-    ours = linear.losses({"term": term}, weights={"term": 0.7}, chunk_bytes=rows * 8 * max(head["vocabulary"]))["term"]
+    with mock.patch.object(linear, "DENSE_BELOW", few):
+        ours = linear.losses({"term": term}, weights={"term": 0.7}, chunk_bytes=rows * 8 * max(head["vocabulary"]))["term"]
     agree(ours, 0.7 * plain, learning(student))
 
 
@@ -156,7 +159,8 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_a_frozen_head_gets_no_gradient_and_none_is_computed(name):
+def test_a_frozen_head_gets_no_gradient_and_none_is_computed(name, monkeypatch):
+    monkeypatch.setattr(linear, "DENSE_BELOW", 0)
     student, teacher, labels = draw(8)
     frozen = LinearLogits(student.hidden, Head(student.head.weight.detach(), student.head.bias.detach()))
     term, plain = both(name, frozen, teacher, labels)
@@ -174,7 +178,7 @@ def test_the_logits_of_all_positions_never_exist(name):
     terms = {
         "ce": linear.CrossEntropy(student, labels),
         "forward": linear.Divergence(student, teacher),
-        "dbild": linear.DBiLD(student, teacher),
+        "dbild": linear.DBiLD(student, teacher, window=5),
     }
     with Watch() as watch:
         linear.losses({"term": terms[name]}, chunk_bytes=4 * 500 * 8)["term"].backward()
@@ -300,6 +304,20 @@ def test_half_precision_is_summed_in_float32(name, dtype):
     for gradient, reference in zip((student.hidden.grad, student.head.weight.grad), expected, strict=True):
         assert gradient.dtype == dtype
         assert (gradient.double() - reference).norm() < 0.02 * reference.norm()
+
+
+@pytest.mark.parametrize("name", ["bild", "dbild"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_picking_a_few_ids_gives_the_gradients_of_products_with_all_of_them(name, dtype, monkeypatch):
+    found = []
+    for few in (0, 8):
+        monkeypatch.setattr(linear, "DENSE_BELOW", few)
+        student, teacher, labels = draw(64, vocabulary=(40, 40), widths=(16, 16), dtype=dtype)
+        linear.losses({"term": both(name, student, teacher, labels)[0]}, reduction="sum")["term"].backward()
+        found.append([tensor.grad for tensor in learning(student)])
+    for picked, multiplied in zip(*found, strict=True):
+        assert picked.dtype == dtype
+        assert (picked - multiplied).float().norm() < (1e-2 if dtype != torch.float32 else 1e-5) * multiplied.float().norm()
 
 
 def test_under_autocast_products_are_in_its_dtype_and_gradients_in_the_weights():

@@ -43,6 +43,7 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 """Elementwise work goes through a chunk in blocks of this size: on a CPU they stay in the cache of a core."""
 BLOCKS = 6  # that a term holds at once
+DENSE_BELOW = 8  # so many times K ids: matrix products with all of them are quicker than picking K a position
 
 
 @dataclass(frozen=True, eq=False)
@@ -512,7 +513,8 @@ class _Pass:
             assert isinstance(term, SparseTerm) and factor is not None
             ids, *logits = (torch.cat(parts) for parts in zip(*noted, strict=True))
             side = self.job.sides[number]
-            step = max(1, self.block_bytes // (8 * ids.shape[1] * self.dtype.itemsize))  # a term holds dozens of [r, K] at once
+            pieces = -(-ids.numel() * self.dtype.itemsize * 4 // self.block_bytes)  # a term holds dozens of [r, K] at once
+            step = -(-self.length // pieces)
             for start in range(0, self.length, step):
                 rows = slice(start, start + step)
                 values, gradient = term.sparse([z[rows] for z in logits], self.learning[number])
@@ -597,6 +599,9 @@ class _Pass:
             self.gradient(side.hidden)[rows].scatter_add_(-1, ids, gradient)
             return
         hidden, weight = self.given[side.hidden][rows], self.given[side.weight]
+        if len(weight) <= DENSE_BELOW * ids.shape[1]:
+            self._backward_dense(side, gradient.new_zeros(len(ids), len(weight)).scatter_add_(-1, ids, gradient), rows)
+            return
         if side.bias is not None and self.needed[side.bias]:
             self.gradient(side.bias).index_add_(0, ids.flatten(), gradient.flatten(), alpha=side.scale)
         if self.needed[side.hidden]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ def teacher_side(batch: Batch) -> dict[str, Tensor]:
     return batch["teacher"] if "teacher" in batch else batch["student"]
 
 
-def supervised(labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def supervised(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Where the next token is supervised.
 
-    labels: [B, T], -100 = ignore. Returns the index (rows, columns), each [K], of the positions that *predict* a label, in reading
-    order, and those labels [K]. Teacher and student are paired k-th to k-th, so their sequences may differ in everything else.
+    inputs: of one side, with ``labels`` [B, T], -100 = ignore. Returns the index (rows, columns), each [K], of the positions that
+    *predict* a label, in reading order, and those labels [K]. Teacher and student are paired k-th to k-th, so their sequences may differ
+    in everything else. Where a collator left the ``predicting`` positions in the inputs, a GPU need not be waited for.
     """
-    rows, columns = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+    labels = inputs["labels"]
+    rows, columns = inputs["predicting"] if "predicting" in inputs else predicting(labels)
     return (rows, columns), labels[rows, columns + 1]
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """[2, K]: rows and columns of the positions that predict a label of [B, T], in reading order."""
+    return torch.nonzero(labels[:, 1:] != -100).t()
 
 
 def answer_spans(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def test_answers_are_the_runs_of_supervised_tokens(rows):
 
 def test_exact_match_is_all_tokens_of_an_answer():
     labels = torch.tensor([[-100, 1, 2, -100, 3], [-100, -100, 1, 1, 1]])
-    _, targets = supervised(labels)
+    _, targets = supervised({"labels": labels})
     logits = torch.nn.functional.one_hot(targets, 5).float()
     assert protocols.exact_match(logits, labels)[0].tolist() == [1, 1, 1]
     logits[1] = 0  # the second token of the first answer
@@ -69,7 +69,7 @@ def test_exact_match_is_what_greedy_decoding_writes(world):
     right = []
     for batch in batches:
         inputs = batch["student"]
-        logits = student.head(student.read(inputs).hidden[supervised(inputs["labels"])[0]])
+        logits = student.head(student.read(inputs).hidden[supervised(inputs)[0]])
         right += protocols.exact_match(logits, inputs["labels"])[0].bool().tolist()
     assert 0 < sum(right) < len(right)
     for index, expected in enumerate(right):

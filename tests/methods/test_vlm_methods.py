@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import traceback
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from limbeck import create
-from limbeck.batch import supervised
+from limbeck.batch import predicting, supervised
 from limbeck.errors import BadInput
 from limbeck.losses import bild, dbild, kl_divergence
 from limbeck.losses.linear import LinearLogits
@@ -67,7 +68,7 @@ def test_terms_are_what_the_paper_writes(family):
     student, teacher, batch = pair(family)
     losses = SwitchKD(student, teacher, align=0.5, switch=2.0)(batch)
     inputs = batch["student"]
-    positions, labels = supervised(inputs["labels"])
+    positions, labels = supervised(inputs)
     plain = {key: value for key, value in inputs.items() if key != "labels"}
     z_s = student.model(**plain, use_cache=False).logits[positions]
     z_t = teacher.model(**plain, use_cache=False).logits[positions]
@@ -82,7 +83,7 @@ def test_terms_are_what_the_paper_writes(family):
 def test_every_method_gives_the_gradients_of_its_plain_losses_on_whole_logits(family):
     student, teacher, batch = pair(family)
     inputs = batch["student"]
-    positions, labels = supervised(inputs["labels"])
+    positions, labels = supervised(inputs)
     assert isinstance(student.logits(student.read(inputs).hidden[positions]), LinearLogits)
     z_s = student.head(student.read(inputs).hidden[positions])
     z_w = teacher.head(teacher.speak(inputs, student.see(inputs))[positions])
@@ -120,7 +121,7 @@ def test_a_head_that_is_more_than_its_weights_is_called(touch):
         head.forward = lambda hidden: 2 * F.linear(hidden, head.weight)
     after = create("sft", student)(batch).total
     inputs = {key: value for key, value in batch["student"].items() if key != "labels"}
-    positions, labels = supervised(batch["student"]["labels"])
+    positions, labels = supervised(batch["student"])
     torch.testing.assert_close(after, F.cross_entropy(student.model(**inputs, use_cache=False).logits[positions], labels))
     assert abs(after - before) > 1e-3
 
@@ -237,7 +238,7 @@ def test_teacher_and_student_are_paired_kth_to_kth():
     }
     method = create("kd", student, teacher)
     losses = method({**batch, "teacher": longer})
-    (rows, columns), _ = supervised(inputs["labels"])
+    (rows, columns), _ = supervised(inputs)
     z_s = student.head(student.read(inputs).hidden[rows, columns])
     z_t = teacher.head(teacher.read(longer).hidden[rows, columns + 3])
     expected = F.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="batchmean")
@@ -326,3 +327,32 @@ def test_pretraining_trains_the_projector_by_labels_alone():
     matched = [n for n, _ in student.model.named_parameters() if any(fnmatch.fnmatch(f"student.{n}", p) for p in first.trainable)]
     assert sorted(matched) == sorted(names)
     assert second.trainable == ("*",)
+
+
+@pytest.mark.parametrize("name", ["sft", "kd", "bild", "switch-kd"])
+def test_no_line_of_ours_waits_for_the_device(name):
+    """A collated batch says where its answers are; what transformers itself reads back from the device is its own affair."""
+    from limbeck.models.tiny import digit_vlm
+
+    student = VLM(*digit_vlm.build("digit-vlm-student"))
+    teacher = VLM(*digit_vlm.build("digit-vlm-teacher"))
+    batch = tiny_batch(student, teacher)
+    assert torch.equal(batch["student"]["predicting"], predicting(batch["student"]["labels"]))
+    method = create(name, student, None if name == "sft" else teacher)
+    method(batch)  # measures the head
+    aten = torch.ops.aten
+    waiting = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal}
+    blamed = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            by_mask = function.overloadpacket is aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if function.overloadpacket in waiting or by_mask:
+                frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+                blamed.append(frames[-2].filename)  # the last is this method
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        method(batch)
+    assert blamed, "transformers' own are seen, or the watch sees nothing"
+    assert not [filename for filename in blamed if "/limbeck/" in filename and "/transformers/" not in filename]

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from limbeck.batch import predicting
 from limbeck.data.records import VQARecord, open_image, read_header
 from limbeck.errors import BadInput
 
@@ -269,7 +270,7 @@ class VQACollator:
 
     In each side, ``input_ids``, ``attention_mask``, ``labels`` and what else runs along the tokens become [B, T], padded on the
     right; everything else (``pixel_values``, ``image_grid_thw`` ...) is concatenated along its first dimension, other dimensions
-    zero-padded to the largest (numbers of crops that differ).
+    zero-padded to the largest (numbers of crops that differ). ``predicting``: see `limbeck.batch.supervised`.
     """
 
     def __init__(self, student_processor: Any, teacher_processor: Any | None = None) -> None:
@@ -282,6 +283,7 @@ class VQACollator:
         for side in ("student", "teacher"):
             if side in samples[0]:
                 batch[side] = _join([sample[side] for sample in samples], self.pad_ids[side])
+                batch[side]["predicting"] = predicting(batch[side]["labels"])
         return batch
 
 

@@ -84,7 +84,7 @@ def probe(
             if name in refused:
                 continue
             view, inputs = (teacher, theirs) if language == "teacher" else (student, mine)
-            positions, _ = supervised(inputs["labels"])
+            positions, _ = supervised(inputs)
             try:
                 logits = view.head(hidden()[positions])
             except BadInput as error:

@@ -71,7 +71,7 @@ def exact_match(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     decoding writes exactly the answer, measured in one forward: as long as every token so far is right, greedy decoding has seen the
     same prefix. Returns float [A] and each answer's row [A].
     """
-    _, targets = supervised(labels)
+    _, targets = supervised({"labels": labels})
     answer, row = answer_spans(labels)
     right = (logits.argmax(-1) == targets).float()
     return torch.ones(len(row), device=logits.device).scatter_reduce(0, answer, right, "amin"), row
@@ -85,7 +85,7 @@ class VQAAccuracy:
 
     def update(self, batch: Batch) -> None:
         inputs = batch["student"]
-        hidden = self.student.read(inputs).hidden[supervised(inputs["labels"])[0]]
+        hidden = self.student.read(inputs).hidden[supervised(inputs)[0]]
         add_accuracy(self.means, "accuracy", self.student.head(hidden), inputs["labels"], batch)
 
     def compute(self) -> dict[str, float]:
@@ -109,7 +109,7 @@ class SwitchRoute:
     def update(self, batch: Batch) -> None:
         inputs = teacher_side(batch)
         visual = self.switched(self.student.see(batch["student"]))
-        hidden = self.teacher.speak(inputs, visual)[supervised(inputs["labels"])[0]]
+        hidden = self.teacher.speak(inputs, visual)[supervised(inputs)[0]]
         add_accuracy(self.means, "switch_route_accuracy", self.teacher.head(hidden), inputs["labels"], batch)
 
     def compute(self) -> dict[str, float]:
@@ -127,8 +127,8 @@ class TeacherAgreement:
 
     def update(self, batch: Batch) -> None:
         inputs, others = batch["student"], teacher_side(batch)
-        student = self.student.head(self.student.read(inputs).hidden[supervised(inputs["labels"])[0]])
-        teacher = self.teacher.head(self.teacher.read(others).hidden[supervised(others["labels"])[0]])
+        student = self.student.head(self.student.read(inputs).hidden[supervised(inputs)[0]])
+        teacher = self.teacher.head(self.teacher.read(others).hidden[supervised(others)[0]])
         self.means.add("teacher_agreement", student.argmax(-1) == teacher.argmax(-1))
         self.means.add("teacher_accuracy", exact_match(teacher, others["labels"])[0])
 

@@ -36,9 +36,10 @@ model is fed at several depths (Qwen3-VL: the merger's, then the deepstack merge
 several times in a pass (LFM2-VL: once an image), its inputs are joined to one [tokens, width]."""
 
 Inputs = Mapping[str, Any]
-"""What the family's processor gives: ``input_ids``, ``attention_mask``, ``pixel_values``; ``labels`` and ``ids`` are ignored."""
+"""What the family's processor gives: ``input_ids``, ``attention_mask``, ``pixel_values``; ``labels``, ``ids``
+and ``predicting`` are ignored."""
 
-NOT_INPUTS = ("labels", "ids")
+NOT_INPUTS = ("labels", "ids", "predicting")
 VISION = ("vision_tower", "visual", "vision_model", "vision_encoder")
 PROJECTOR = ("multi_modal_projector", "connector", "aligner", "projector", "mm_projector", "visual.merger", "merger")
 DEEPSTACK = ("visual.deepstack_merger_list", "visual.merger_list")

@@ -59,12 +59,12 @@ class VLMMethod(Method):
             raise BadInput(f"method {self.name!r} needs a teacher, none was given: add `teacher:` to the recipe")
 
     def units(self, batch: Batch) -> int:
-        return int((batch["student"]["labels"][:, 1:] != -100).sum())
+        return len(supervised(batch["student"])[1])
 
     def student_route(self, batch: Batch) -> tuple[Route, Tensor]:
         """The student's ordinary pass, with gradient; and the labels [K] at its logits."""
         inputs = batch["student"]
-        positions, labels = supervised(inputs["labels"])
+        positions, labels = supervised(inputs)
         reading = self.view.read(inputs)
         return Route(reading, self.view.logits(reading.hidden[positions])), labels
 
@@ -73,7 +73,7 @@ class VLMMethod(Method):
         """The teacher's ordinary pass, without gradient."""
         inputs = teacher_side(batch)
         reading = self.teacher_view.read(inputs)
-        return Route(reading, self.teacher_view.logits(reading.hidden[supervised(inputs["labels"])[0]]))
+        return Route(reading, self.teacher_view.logits(reading.hidden[supervised(inputs)[0]]))
 
     def both_routes(self, batch: Batch) -> tuple[Route, Tensor, Route]:
         """`student_route` and `teacher_route`: the student's route, the labels, the teacher's route. On a GPU they may overlap."""
@@ -88,7 +88,7 @@ class VLMMethod(Method):
     def teacher_top_k(self, batch: Batch, k: int, temperature: float) -> Rows:
         """The k likeliest shared ids of the teacher at the answer positions, for a cache."""
         inputs = teacher_side(batch)
-        positions = supervised(inputs["labels"])[0]
+        positions = supervised(inputs)[0]
         hidden = self.teacher_view.read(inputs).hidden[positions]
         top = [
             top_k(self.teacher_view.head(rows)[..., : self.vocabulary], k, temperature=temperature)

@@ -113,7 +113,7 @@ class SwitchKD(VLMMethod):
     def switch_logits(self, batch: Batch, visual: Visual, replay: Replay | None) -> Logits:
         """z_switch at the answer positions, [K, V], not computed yet."""
         inputs = teacher_side(batch)
-        positions = supervised(inputs["labels"])[0]
+        positions = supervised(inputs)[0]
         hidden = self.teacher_view.speak(inputs, self.switched(visual), replay)[positions]
         return self.teacher_view.logits(hidden)
 

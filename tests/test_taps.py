@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +129,82 @@ class TestRecord:
         with torch.autocast("cpu", dtype=torch.bfloat16), taps.record(net, {"stem": "stem"}) as seen:
             net(x)
         assert seen["stem"].dtype == torch.bfloat16
+
+
+class TestPlaces:
+    def test_each_opening_records_anew_and_what_an_earlier_one_saw_stays(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"stem": "stem", "fed": ("shared", "input")})
+        with places.open(net) as first:
+            net(x)
+        with places.open(net) as second:
+            net(2 * x)
+        assert torch.equal(first["stem"], net.stem(x))
+        assert torch.equal(second["stem"], net.stem(2 * x))
+        assert len(first.calls("fed")) == len(second.calls("fed")) == 2
+        assert hooks(net) == 0
+
+    def test_a_module_that_was_replaced_is_read_in_its_new_place(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"last": "tail.last"})
+        for replaced in ("nothing", "the module", "the one above it", "the wrapped model"):
+            if replaced == "the module":
+                net.tail["last"] = nn.Linear(4, 2)
+            elif replaced == "the one above it":
+                net.tail = nn.ModuleDict({"last": nn.Linear(4, 2)})
+            elif replaced == "the wrapped model":
+                net = torch.compile(Net(), backend="eager")
+            with places.open(net) as seen:
+                output = net(x)
+            assert torch.equal(seen["last"], output), replaced
+        del net.tail["last"]
+        with pytest.raises(BadInput, match=r"no submodule 'tail\.last'"):
+            places.open(net)
+
+    def test_one_after_another_on_two_models_and_one_within_another_on_one(self, x: Tensor) -> None:
+        one, two, places = Net(), Net(checkpointed=True), taps.Places({"shared": "shared"})
+        for net in (one, two, one):
+            with places.open(net) as outer:
+                net(x)
+                with places.open(net) as inner:
+                    net(2 * x)
+            assert len(outer.calls("shared")) == 4
+            assert [id(value) for value in inner.calls("shared")] == [id(value) for value in outer.calls("shared")[2:]]
+            assert hooks(net) == 0
+
+    def test_a_copy_reads_the_copied_model(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"stem": "stem"})
+        with places.open(net):
+            net(x)
+        for duplicate in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+            other, others = duplicate([net, places])
+            with others.open(other) as seen, torch.no_grad():
+                other.stem.weight.zero_()
+                other(x)
+            assert torch.equal(seen["stem"], other.stem.bias.expand(3, 4))
+
+    def test_keeps_nothing_of_what_was_recorded(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"stem": "stem"})
+        with places.open(net) as seen:
+            net(x)
+        recorded = weakref.ref(seen["stem"])
+        del seen
+        assert recorded() is None
+
+    def test_after_an_exception_it_opens_again(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"stem": "stem"})
+        with pytest.raises(RuntimeError), places.open(net):
+            net(torch.zeros(3, 9))
+        assert hooks(net) == 0
+        with places.open(net) as seen:
+            net(x)
+        assert len(seen.calls("stem")) == 1
+
+    def test_a_hook_that_came_between_two_openings_is_seen(self, x: Tensor) -> None:
+        net, places, other = Net(), taps.Places({"stem": "stem"}), torch.randn(3, 4)
+        with places.open(net):
+            net(x)
+        with taps.replace(net, {"stem": other}), places.open(net) as seen:
+            net(x)
+        assert seen["stem"] is other
 
 
 class TestReplace:

@@ -4,6 +4,12 @@
         model(x)
     seen["mid"]
 
+What taps one model step after step keeps its `Places`, which find and check them faster than `record` does::
+
+    places = taps.Places({"mid": "layer3"})
+    with places.open(model) as seen:
+        model(x)
+
 A tap is open from the moment it is made until its ``with`` block ends, also by an exception, or until ``close()``; after that
 the module is as it was. It works through nested modules, autocast, ``DistributedDataParallel`` and ``torch.compile`` wrappers:
 names are those of the wrapped module, with or without a leading ``module.``.
@@ -18,9 +24,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,9 +46,8 @@ class Recording(Mapping[str, Any]):
     model later writes into them does not show.
     """
 
-    def __init__(self, labels: Mapping[str, Any]) -> None:
-        self._calls: dict[str, list[Any]] = {label: [] for label in labels}
-        self._undo: list[Callable[[], object]] = []
+    def __init__(self, calls: dict[str, list[Any]], taps: Sequence[_Tap]) -> None:
+        self._calls, self._taps = calls, taps
 
     def calls(self, label: str) -> list[Any]:
         """The value of every call, oldest first; empty where the submodule did not run."""
@@ -55,6 +59,9 @@ class Recording(Mapping[str, Any]):
             raise BadInput(f"the submodule tapped as {label!r} did not run; `limbeck taps` lists those that do")
         return calls[-1]
 
+    def __contains__(self, label: object) -> bool:
+        return label in self._calls
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._calls)
 
@@ -63,14 +70,63 @@ class Recording(Mapping[str, Any]):
 
     def close(self) -> None:
         """Leave the modules as they were; what was recorded stays. Taps on one module are closed in reverse order."""
-        while self._undo:
-            self._undo.pop()()
+        for tap in reversed(self._taps):
+            tap.close()
+        self._taps = ()
 
     def __enter__(self) -> Recording:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Places:
+    """Where to record, on any model: what `record` takes, opened as often as needed.
+
+    What was tapped is kept for the next time. Names are looked up anew on another model, or where another module stands at one of them
+    or above it: what is tapped is what is there when it is opened. A copy of `Places` starts with nothing kept.
+    """
+
+    def __init__(self, targets: Mapping[str, str | tuple[str, Where]]) -> None:
+        self.targets = dict(targets)
+        self._model: nn.Module | None = None
+        self._taps: list[_Tap] = []
+
+    def __reduce__(self) -> tuple[type[Places], tuple[Any]]:
+        return Places, (self.targets,)
+
+    def open(self, model: nn.Module) -> Recording:
+        """Record until the returned tap is closed. Raises `BadInput` for a name that does not exist, naming the nearest."""
+        if not self._stand_on(model):
+            self._taps = [_Tap(label, model, *_place(target)) for label, target in self.targets.items()]
+            self._model = model
+        calls: dict[str, list[Any]] = {}
+        for tap in self._taps:
+            kept: list[Any] = []
+            calls[tap.label] = kept
+            tap.open(kept)
+        return Recording(calls, self._taps)
+
+    def _stand_on(self, model: nn.Module) -> bool:
+        """Whether what was tapped last is closed, and is what a look-up would find."""
+        if self._model is not model:
+            return False
+        for tap in self._taps:
+            if tap.calls is not None:
+                return False
+            for parent, name, child in tap.path:
+                if parent._modules.get(name) is not child:
+                    return False
+        return True
+
+
+class Step(NamedTuple):
+    """From a module to one of its children."""
+
+    parent: nn.Module
+    name: str
+    child: nn.Module
 
 
 class Submodule(NamedTuple):
@@ -88,13 +144,7 @@ def record(model: nn.Module, targets: Mapping[str, str | tuple[str, Where]]) -> 
     positional argument or, where there is none, its first keyword argument that is a tensor.
     Raises `BadInput` for a name that does not exist, naming the nearest.
     """
-    seen = Recording(targets)
-    places: list[tuple[nn.Module, Where, Callable[[Any], None]]] = []
-    for label, target in targets.items():
-        place: tuple[str, Where] = (target, "output") if isinstance(target, str) else target
-        places.append((_find(model, place[0]), place[1], seen._calls[label].append))
-    seen._undo = [_read(*place) for place in places]
-    return seen
+    return Places(targets).open(model)
 
 
 def replace(model: nn.Module, values: Mapping[str, Any], *, at: Where = "output") -> ExitStack:
@@ -145,51 +195,87 @@ def describe(model: nn.Module, run: Callable[[], object]) -> list[Submodule]:
     return list(found.values())
 
 
+def _place(target: str | tuple[str, Where]) -> tuple[str, Where]:
+    return (target, "output") if isinstance(target, str) else target
+
+
 def _find(model: nn.Module, name: str) -> nn.Module:
-    inner = model
+    path = _path(model, name)
+    return path[-1].child if path else model
+
+
+def _path(model: nn.Module, name: str) -> list[Step]:
+    """The way from a model down to its submodule, through the wrappers around it."""
+    wrappers, inner = [], model
     while isinstance(inner, WRAPPERS) or "_orig_mod" in inner._modules:  # torch.compile's wrapper; its class is slow to import
-        (inner,) = inner.children()
+        ((child, wrapped),) = inner.named_children()
+        wrappers.append(Step(inner, child, wrapped))
+        inner = wrapped
     for candidate in (name, name.removeprefix("module.")):
-        module: nn.Module | None = inner
-        for part in candidate.split(".") if candidate else ():
-            module = None if module is None else module._modules.get(part)
-        if module is not None:
-            return module
+        steps = _steps(inner, candidate)
+        if steps is not None:
+            return [*wrappers, *steps]
     modules = dict(inner.named_modules(remove_duplicate=False))
     near = difflib.get_close_matches(name, modules, n=3) or [child for child, _ in inner.named_children()]
     raise BadInput(f"{type(inner).__name__} has no submodule {name!r}; nearest: {', '.join(near)}")
 
 
-def _read(module: nn.Module, where: Where, keep: Callable[[Any], None]) -> Callable[[], object]:
-    """Give ``keep`` what a module takes or returns; returns what undoes it."""
+def _steps(model: nn.Module, name: str) -> list[Step] | None:
+    """The way down a dotted name; None where there is no such submodule."""
+    steps: list[Step] = []
+    for part in name.split(".") if name else ():
+        child = model._modules.get(part)
+        if child is None:
+            return None
+        steps.append(Step(model, part, child))
+        model = child
+    return steps
 
-    if where == "input":
 
-        def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _in_backward():
-                keep(_snapshot(args[0] if args else kwargs[_tensor_keyword(module, kwargs)]))
+class _Tap:
+    """Keeps in ``calls`` what one module takes or returns, while it is open; ``path`` is where it was found.
 
-        return module.register_forward_pre_hook(keep_input, with_kwargs=True).remove
+    An object rather than closures: those are new code to the interpreter each time they are made.
+    """
 
-    attributes = vars(module)
-    if module._forward_hooks or "forward" in attributes:  # what they make of the output is to be seen
+    __slots__ = ("calls", "forward", "handle", "label", "module", "path", "where")
 
-        def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-            if not _in_backward():
-                keep(_snapshot(output))
+    def __init__(self, label: str, model: nn.Module, name: str, where: Where) -> None:
+        self.label, self.path, self.where = label, _path(model, name), where
+        self.module = self.path[-1].child if self.path else model
+        self.calls: list[Any] | None = None
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
 
-        return module.register_forward_hook(keep_output).remove
+    def open(self, calls: list[Any]) -> None:
+        self.calls, module = calls, self.module
+        if self.where == "input":
+            self.handle = module.register_forward_pre_hook(self.keep_input, with_kwargs=True)
+        elif module._forward_hooks or "forward" in module.__dict__:  # what they make of the output is to be seen
+            self.handle = module.register_forward_hook(self.keep_output)
+        else:  # a call of a module with hooks costs about 15 us more than one without
+            self.forward = module.forward
+            module.__dict__["forward"] = self.recorded
 
-    forward = module.forward
+    def close(self) -> None:
+        if self.handle is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.handle.remove()
+        self.calls = self.handle = None
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        if not _in_backward():
-            keep(output if isinstance(output, Tensor) else _snapshot(output))
+    def recorded(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward(*args, **kwargs)
+        if self.calls is not None and not _in_backward():
+            self.calls.append(output if isinstance(output, Tensor) else copy.copy(output))
         return output
 
-    attributes["forward"] = recorded  # a call of a module with hooks costs about 15 us more than one without
-    return partial(attributes.pop, "forward")
+    def keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.calls is not None and not _in_backward():
+            self.calls.append(_snapshot(output))
+
+    def keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.calls is not None and not _in_backward():
+            self.calls.append(_snapshot(args[0] if args else kwargs[_tensor_keyword(module, kwargs)]))
 
 
 def _write(module: nn.Module, at: Where, change: Callable[[Any], Any]) -> torch.utils.hooks.RemovableHandle:

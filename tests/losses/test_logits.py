@@ -194,3 +194,12 @@ def test_shape_mismatch_names_both_shapes():
         kd(torch.zeros(2, 10), torch.zeros(2, 12))
     with pytest.raises(ValueError, match=r"labels \[3\].*\[2, 10\]"):
         cross_entropy(torch.zeros(2, 10), torch.zeros(3, dtype=torch.long))
+
+
+def test_the_gradient_of_a_divergence_cannot_be_differentiated_again():
+    student = torch.randn(3, 5, requires_grad=True)
+    factor = torch.tensor(2.0, requires_grad=True)
+    loss = kl_divergence(student, torch.randn(3, 5)) * factor
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

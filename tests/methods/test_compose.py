@@ -169,6 +169,30 @@ def test_the_deployable_student_is_bare(teacher, student, batch):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in (*student.modules(), *teacher.modules()))
 
 
+def test_a_layer_replaced_between_steps_is_read_in_its_new_place(teacher, student, batch):
+    method = prepared(teacher, student, [Hint("body", "body")], batch)
+    method.eval()
+    method(batch)
+    student.body = copy.deepcopy(student.body)
+    student.body[0].weight.data.zero_()
+    teacher.body = copy.deepcopy(teacher.body)
+    losses = method(batch)
+    ours, theirs = student.body(student.stem(batch["pixel_values"])), teacher.body(teacher.stem(batch["pixel_values"]))
+    torch.testing.assert_close(losses["hint"], F.mse_loss(method.adapters["hint"](ours), theirs))
+    method.student = CNN(4, stride=2).eval()
+    ours = method.student.body(method.student.stem(batch["pixel_values"]))
+    torch.testing.assert_close(method(batch)["hint"], F.mse_loss(method.adapters["hint"](ours), theirs))
+
+
+def test_a_copied_method_taps_its_own_models(teacher, student, batch):
+    method = prepared(teacher, student, [KD(), Hint("body", "body")], batch)
+    method(batch)
+    other = copy.deepcopy(method)
+    other(batch).total.backward()
+    assert all(p.grad is not None for p in other.parameters())
+    assert all(p.grad is None for p in method.parameters())
+
+
 def test_a_half_precision_teacher_is_given_its_own_dtype(teacher, student, batch):
     method = prepared(teacher.bfloat16(), student, [KD(), Hint("body", "body")], batch)
     losses = method(batch)

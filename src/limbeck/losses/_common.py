@@ -9,6 +9,8 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
 
+FULL = (torch.float32, torch.float64)
+
 LOG_ZERO = torch.finfo(torch.float32).min / 8
 """The logarithm of nothing. Finite, so that 0 * log 0 is 0, and differences of two of them are 0, in value and in gradient."""
 
@@ -37,7 +39,7 @@ def check_mask(tensor: Tensor, mask: Tensor | None) -> None:
 
 def upcast(tensor: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor if tensor.dtype in FULL else tensor.float()
 
 
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -45,7 +45,7 @@ def cross_entropy(
     if (
         reduction == "mean" and not label_smoothing
     ):  # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
-        total, count = torch.ops.aten.nll_loss_forward(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
+        total, count = torch.ops.aten.nll_loss_forward.default(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
         return total / count.clamp_min(1)
     values = F.cross_entropy(
         upcast(rows),
@@ -83,10 +83,12 @@ def kl_divergence(
     Returns a scalar, or [...] with reduction="none". Raises ValueError on a shape mismatch or a value out of range.
     """
     check_same_shape(student_logits, teacher_logits)
-    check_mask(student_logits, mask)
     check_divergence(temperature, kind, beta)
 
-    student, teacher = select(student_logits, mask), select(teacher_logits.detach(), mask)
+    student, teacher = student_logits, teacher_logits.detach()
+    if mask is not None:
+        check_mask(student, mask)
+        student, teacher = select(student, mask), select(teacher, mask)
     scale = temperature**2 if scale_by_t2 else 1.0
     if reduction in ("mean", "sum") and (kind == "forward" or (kind == "jsd" and beta == 0)):
         return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
@@ -147,16 +149,22 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
         log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-        loss = _kl(log_p, log_q, "sum") * scale
+        p = log_p.exp()
+        loss = log_p.sub_(log_q).mul_(p).sum() * scale
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(log_q.exp_().sub_(log_p.exp_()).mul_(scale / temperature))
+            ctx.save_for_backward(log_q.exp_().sub_(p).mul_(scale / temperature))
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+        gradient = _saved_once(ctx, upstream) if torch.is_grad_enabled() else ctx.saved_tensors[0] * upstream
+        return gradient, None, None, None
+
+
+@once_differentiable
+def _saved_once(ctx: Any, upstream: Tensor) -> Tensor:
+    """The saved gradient times the one from upstream, where a graph of the backward is asked for: differentiating it again raises."""
+    return ctx.saved_tensors[0] * upstream
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

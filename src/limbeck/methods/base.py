@@ -21,7 +21,7 @@ class Losses(dict[str, Tensor]):
     @property
     def total(self) -> Tensor:
         """The sum of the terms: what is backpropagated. Every term gets one and the same upstream gradient."""
-        return reduce(add, [value.float() for value in self.values()])
+        return reduce(add, map(Tensor.float, self.values()))
 
 
 @dataclass(frozen=True)

@@ -246,8 +246,8 @@ class Compose(Method):
         self.objectives = named(objectives)
         self.weights = {name: term.weight for name, term in self.objectives.items()}
         features = {name: term for name, term in self.objectives.items() if isinstance(term, FeatureObjective)}
-        self.student_taps = {name: term.student for name, term in features.items()}
-        self.teacher_taps = {name: term.teacher for name, term in features.items()}
+        self.student_taps = taps.Places({name: term.student for name, term in features.items()})
+        self.teacher_taps = taps.Places({name: term.teacher for name, term in features.items()})
         self.student = student
         self.adapters = nn.ModuleDict()
         self.rows: list[PlanRow] = []
@@ -270,11 +270,11 @@ class Compose(Method):
         Runs in eval mode and without gradient: BatchNorm statistics, training modes and the models' random numbers stay as they
         were. Raises `BadInput` naming both sizes where classes, labels or features do not fit.
         """
-        pixel_values, labels = _inputs(batch)
+        pixel_values, labels, taught = _inputs(batch)
         if labels is None and (needing := [name for name, term in self.objectives.items() if term.needs_labels]):
             raise BadInput(f"the batch has no labels, and {', '.join(needing)} needs them")
         with _undisturbed(self.student, pixel_values.device):
-            pairs = self._observe(batch, self.objectives)
+            pairs = self._observe(pixel_values, taught, self.objectives)
         like = next((p for p in self.student.parameters() if p.is_floating_point()), pixel_values)
         self.adapters, self.rows = nn.ModuleDict(), []
         for name, term in self.objectives.items():
@@ -297,20 +297,20 @@ class Compose(Method):
         """The weighted terms of {"pixel_values": [B, ...], "labels": [B]}; terms of weight 0 are not computed."""
         if not self.rows:
             raise LimbeckError("the adapters do not exist yet: call method.prepare(batch) before the first step")
-        _, labels = _inputs(batch)
-        active = {name: term for name, term in self.objectives.items() if self.needs(name)}
-        adapters, terms = self.adapters, {}
-        for name, (student, teacher) in self._observe(batch, active).items():
-            if name in self.student_taps:
-                student = adapters[name](student)
-            terms[name] = active[name].loss(student, teacher, labels)
+        modules: dict[str, Any] = self._modules  # nn.Module looks up an attribute slowly
+        weights, adapters, terms = self.weights, modules["adapters"]._modules, {}
+        pixel_values, labels, taught = _inputs(batch)
+        active = {name: term for name, term in self.objectives.items() if weights.get(name) != 0}
+        for name, (student, teacher) in self._observe(pixel_values, taught, active).items():
+            adapter = adapters.get(name)
+            terms[name] = active[name].loss(student if adapter is None else adapter(student), teacher, labels)
         return self.weigh(**terms)
 
     def recorded(self) -> dict[str, Any]:
         return {
             name: {"temperature": term.temperature}
             if isinstance(term, KD)
-            else {"teacher": self.teacher_taps.get(name, "logits")}
+            else {"teacher": self.teacher_taps.targets.get(name, "logits")}
             for name, term in self.objectives.items()
             if term.needs_teacher
         }
@@ -318,8 +318,9 @@ class Compose(Method):
     def record(self, batch: Batch | Sequence[Tensor], top_k: int) -> dict[str, Rows]:
         """A row a sample: of ``kd`` the likeliest classes, of other terms on logits all of them, of features the teacher's layer."""
         entries = {}
-        for name, told in self._ask(_inputs(batch)[0], self.objectives).items():
-            term, samples = self.objectives[name], len(_inputs(batch)[0])
+        pixel_values, _, _ = _inputs(batch)
+        for name, told in self._ask(pixel_values, self.objectives).items():
+            term, samples = self.objectives[name], len(pixel_values)
             if not isinstance(told, Tensor) or len(told) != samples or (isinstance(term, KD) and told.dim() != 2):
                 shape = list(told.shape) if isinstance(told, Tensor) else type(told).__name__
                 raise BadInput(f"{name}: the teacher gives {shape} for {samples} samples: a cache keeps one row of each")
@@ -327,34 +328,43 @@ class Compose(Method):
             entries[name] = Rows(top_k_of(told, top_k, temperature=term.temperature) if isinstance(term, KD) else told, counts)
         return entries
 
-    def _observe(self, batch: Batch | Sequence[Tensor], terms: Mapping[str, Objective]) -> dict[str, tuple[Any, Any]]:
-        """What each term compares, the student's side and the teacher's: logits or tapped features. Each model runs once."""
-        pixel_values, _ = _inputs(batch)
-        taught = batch.get("taught") if isinstance(batch, Mapping) else None
+    def _observe(
+        self, pixel_values: Tensor, taught: Mapping[str, Any] | None, terms: Mapping[str, Objective]
+    ) -> dict[str, tuple[Any, Any]]:
+        """What each term compares, the student's side and the teacher's: logits or tapped features. Each model runs at most once.
+
+        taught: what a cache says for the teacher; None asks it.
+        """
+        modules: dict[str, Any] = self._modules
+        student, teacher = modules["student"], self.teacher
         if taught is None:
-            with nullcontext() if self.teacher is None else self.teacher.aside():
+            with nullcontext() if teacher is None else teacher.aside():
                 taught = self._ask(pixel_values, terms)
-        with taps.record(self.student, self.student_taps) as student:
-            output = self.student(pixel_values)
-        if self.teacher is not None:
-            self.teacher.join()
-        return {
-            name: (student[name] if name in self.student_taps else _logits(output), taught[name] if term.needs_teacher else None)
-            for name, term in terms.items()
-        }
+        with self.student_taps.open(student) as features:
+            output = student(pixel_values)
+        if teacher is not None:
+            teacher.join()
+        layers, pairs = self.student_taps.targets, {}
+        for name, term in terms.items():
+            seen = features[name] if name in layers else _logits(output)
+            pairs[name] = seen, taught[name] if term.needs_teacher else None
+        return pairs
 
     def _ask(self, pixel_values: Tensor, terms: Mapping[str, Objective]) -> dict[str, Any]:
         """What the teacher says to each term that needs one: its logits, or a tapped feature."""
         needing = [name for name, term in terms.items() if term.needs_teacher]
         if not needing:
             return {}
-        assert self.teacher is not None
-        given = pixel_values
-        if given.dtype != self.teacher_dtype and given.is_floating_point():
-            given = given.to(self.teacher_dtype)
-        with taps.record(self.teacher.module, self.teacher_taps) as seen:
-            output = self.teacher(given)
-        return {name: seen[name] if name in self.teacher_taps else _logits(output) for name in needing}
+        teacher = self.teacher
+        assert teacher is not None
+        if pixel_values.dtype != self.teacher_dtype and pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(self.teacher_dtype)
+        with self.teacher_taps.open(teacher.module) as features:
+            output = teacher(pixel_values)
+        layers, told = self.teacher_taps.targets, {}
+        for name in needing:
+            told[name] = features[name] if name in layers else _logits(output)
+        return told
 
 
 def compose(
@@ -366,15 +376,15 @@ def compose(
     return Compose(student, teacher, objectives)
 
 
-def _inputs(batch: Batch | Sequence[Tensor]) -> tuple[Tensor, Any]:
-    """pixel_values, and labels or None."""
+def _inputs(batch: Batch | Sequence[Tensor]) -> tuple[Tensor, Any, Any]:
+    """pixel_values, and labels and what a cache says for the teacher, or None."""
     if isinstance(batch, Mapping):
         if "pixel_values" not in batch:
             raise BadInput(f"the batch has no 'pixel_values'; it has {', '.join(map(str, batch)) or 'nothing'}")
-        return batch["pixel_values"], batch.get("labels")
+        return batch["pixel_values"], batch.get("labels"), batch.get("taught")
     if len(batch) != 2:
         raise BadInput(f"the batch has {len(batch)} entries; expected (pixel_values, labels) or a mapping with these keys")
-    return batch[0], batch[1]
+    return batch[0], batch[1], None
 
 
 def _logits(output: Any) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+
+IN_ORDER = nullcontext()
 
 
 class FrozenTeacher:
@@ -43,17 +45,17 @@ class FrozenTeacher:
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """What is queued inside runs beside what the caller queues afterwards, on a stream of the teacher's own; `join` before any of it
         is read. Nothing else than ordinary order where ``overlap`` is off, or off a GPU.
 
         The stream starts only when all that was queued before is done. So memory that one step's teacher gave back is not written by
         the next step's before every reader of it is through.
         """
-        if not self.overlap or self.device.type != "cuda":
-            yield
-            return
+        return self._beside() if self.overlap and self.device.type == "cuda" else IN_ORDER
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
         self._stream = self._stream or torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):

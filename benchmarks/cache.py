@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=9, help="timed epochs of each arm")
     parser.add_argument("--seeds", type=int, default=0, help="runs from the live teacher and from the cache")
-    parser.add_argument("--steps", type=int, default=600, help="of each of these runs")
+    parser.add_argument("--steps", type=int, default=1600, help="of each of these runs")
     parser.add_argument("--top-k", type=int, default=8, help="of their cache, of 48 ids")
     parser.add_argument("--tiny", action="store_true", help="little data, few steps")
     parser.add_argument("--json", type=Path, help="write the result here")

@@ -282,7 +282,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {arguments.threads} thread(s)",
         "versions": {"python": platform.python_version(), **_versions("limbeck", "torch", "trl", "liger-kernel")},
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "arguments": {key: value for key, value in vars(arguments).items() if key in ("tokens", "hidden", "dtype", "repeats")},
         "results": [],
     }
     held = peaks(arguments) if device.type == "cpu" else {}

@@ -202,11 +202,12 @@ def test_interrupted_training_leaves_no_worker(tmp_path):
 
 RUN = textwrap.dedent(
     """
-    import multiprocessing, time
+    import multiprocessing, signal, time
     import torch
     import torch.utils.data._utils.worker as worker
     import limbeck as lb
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     worker.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds between two looks of a worker at its parent, not 5
 
     def tell(step):

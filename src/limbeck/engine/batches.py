@@ -280,8 +280,12 @@ class _Fixed(Sampler[list[tuple[int, int]]]):
 
 def typical_batch(dataset: Any, collate: Callable[[list[Any]], Any]) -> Batch:
     """A batch to try a method on: the samples that a dataset calls ``typical`` of what its batches hold, else the first two."""
-    typical = getattr(dataset, "typical", range(min(2, len(dataset))))
-    return collate([dataset[index] for index in typical])
+    return collate([dataset[index] for index in typical_samples(dataset)])
+
+
+def typical_samples(dataset: Any) -> Sequence[int]:
+    """The positions of the samples that a dataset calls ``typical``, else the first two."""
+    return getattr(dataset, "typical", range(min(2, len(dataset))))
 
 
 def check_trainable(dataset: Any, batch_size: int) -> int:

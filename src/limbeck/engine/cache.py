@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from limbeck.batch import Batch
-from limbeck.engine.batches import loaded, typical_batch, worker_count
+from limbeck.engine.batches import loaded, typical_batch, typical_samples, worker_count
 from limbeck.engine.checkpoint import sync, write_atomically
 from limbeck.engine.fingerprint import difference, identity
 from limbeck.engine.progress import Progress
@@ -205,7 +205,7 @@ def layout_of(rows: Rows) -> Layout:
 
 def check_draws(dataset: Any, views: int, warn: Callable[[str], None]) -> None:
     """Whether a view of a sample can be drawn again, and whether one view is all that there is."""
-    index = next(iter(getattr(dataset, "typical", (0,))))
+    index = typical_samples(dataset)[0]
     first, again, other = (drawn(dataset, view, index) for view in (0, 0, 1))
     if not matches(seal(dataset, index, first), dataset, index, again):
         raise BadInput(

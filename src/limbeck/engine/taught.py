@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from limbeck.batch import Batch
-from limbeck.engine.batches import derived_seed, random_state_kept, seed_all
+from limbeck.engine.batches import derived_seed, random_state_kept, seed_all, typical_samples
 from limbeck.errors import BadInput
 from limbeck.losses.logits import IGNORE
 from limbeck.teachers.cached import CachedTeacher
@@ -48,7 +48,7 @@ class TaughtDataset(Dataset[Any]):
     @property
     def typical(self) -> Sequence[int]:
         """Those of the dataset."""
-        return getattr(self.dataset, "typical", range(min(2, len(self))))
+        return typical_samples(self.dataset)
 
     @property
     def lengths(self) -> Sequence[float]:
@@ -110,18 +110,24 @@ def drawn(dataset: Any, view: int, index: int) -> Any:
 def seal(dataset: Any, index: int, item: Any) -> float:
     """A number by which to tell whether a sample is still what the teacher was shown: a checksum of questions and answer tokens, or a
     projection of the pixels."""
-    if _asked(item):
-        labels = item["student"]["labels"].numpy()
-        told = repr(dataset.records[index].turns) if hasattr(dataset, "records") else ""
-        return float(zlib.crc32(labels[labels != IGNORE].tobytes(), zlib.crc32(told.encode())))
-    pixels = _pixels(item)
-    return float(pixels @ _signs(len(pixels))) / max(1, len(pixels)) ** 0.5
+    return _sealed(dataset, index, item)[0]
 
 
 def matches(sealed: float, dataset: Any, index: int, item: Any) -> bool:
     """Whether a sample has this seal, up to rounding of its pixels."""
-    tolerance = 0.0 if _asked(item) else TOLERANCE * float(np.sqrt(np.square(_pixels(item)).mean()))
-    return abs(seal(dataset, index, item) - sealed) <= tolerance
+    own, tolerance = _sealed(dataset, index, item)
+    return abs(own - sealed) <= tolerance
+
+
+def _sealed(dataset: Any, index: int, item: Any) -> tuple[float, float]:
+    """A sample's seal, and by how much another may differ from it."""
+    if _asked(item):
+        labels = item["student"]["labels"].numpy()
+        told = repr(dataset.records[index].turns) if hasattr(dataset, "records") else ""
+        return float(zlib.crc32(labels[labels != IGNORE].tobytes(), zlib.crc32(told.encode()))), 0.0
+    pixels = _pixels(item)
+    projected = float(pixels @ _signs(len(pixels))) / max(1, len(pixels)) ** 0.5
+    return projected, TOLERANCE * float(np.sqrt(np.square(pixels).mean()))
 
 
 def _asked(item: Any) -> bool:

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.losses._common import LOG_ZERO, check_choice
 from limbeck.losses.bild import Branch, KneeCurve, Options, Pairs, bild_options, candidates, dbild_options, difference_at
 from limbeck.losses.bild import Divergence as Direction
-from limbeck.losses.logits import IGNORE, check_divergence, divergence_of_log_probs
+from limbeck.losses.logits import IGNORE, check_divergence, divergence_of_log_probs, log_probabilities
 from limbeck.losses.logits import Divergence as Kind
 from limbeck.losses.top_k import TopK, teacher_buckets
 
@@ -236,7 +236,7 @@ class TopKDivergence(DenseTerm):
         buckets = torch.cat([chosen, rest.unsqueeze(-1)], dim=-1).requires_grad_(learns)
         with torch.set_grad_enabled(learns):
             values = divergence_of_log_probs(
-                buckets.log_softmax(-1).clamp_min(LOG_ZERO),
+                log_probabilities(buckets, 1.0),
                 log_p.to(buckets.dtype),
                 kind=self.kind,
                 beta=self.beta,
@@ -473,9 +473,8 @@ class _Pass:
         self.given = [self._cast(tensor) for tensor in given]
         self.dtype = job.dtype
         self.gradients: dict[int, Tensor] = {}
-        self.compared: dict[
-            int, list[tuple[Tensor, ...]]
-        ] = {}  # of each sparse term and chunk: ids and each side's logits [n, K]
+        # Of each sparse term and chunk: ids and each side's logits [n, K].
+        self.compared: dict[int, list[tuple[Tensor, ...]]] = {}
         self.values = [torch.zeros((), dtype=self.dtype, device=self.device) for _ in job.terms]
         row = max(self._width(side) for side in job.sides) * self.dtype.itemsize
         kind = "cpu" if self.device.type == "cpu" else "cuda"

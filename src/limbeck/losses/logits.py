@@ -42,9 +42,8 @@ def cross_entropy(
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE)
     rows, classes = (logits, labels) if logits.dim() == 2 else (logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    if (
-        reduction == "mean" and not label_smoothing
-    ):  # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
+    if reduction == "mean" and not label_smoothing:
+        # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
         total, count = torch.ops.aten.nll_loss_forward.default(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
         return total / count.clamp_min(1)
     values = F.cross_entropy(
@@ -92,7 +91,7 @@ def kl_divergence(
     scale = temperature**2 if scale_by_t2 else 1.0
     if reduction in ("mean", "sum") and (kind == "forward" or (kind == "jsd" and beta == 0)):
         return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
-    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
     return divergence_of_log_probs(log_q, log_p, kind=kind, beta=beta, scale=scale, mask=mask, reduction=reduction)
 
 
@@ -148,7 +147,7 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
-        log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+        log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
         p = log_p.exp()
         loss = log_p.sub_(log_q).mul_(p).sum() * scale
         if ctx.needs_input_grad[0]:
@@ -167,7 +166,7 @@ def _saved_once(ctx: Any, upstream: Tensor) -> Tensor:
     return ctx.saved_tensors[0] * upstream
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [..., V]; those of ids at -inf are finite, so that 0 * log 0 is 0 and not NaN."""
     logits = upcast(logits)
     return (logits / temperature if temperature != 1 else logits).log_softmax(-1).clamp_min(LOG_ZERO)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.losses._common import LOG_ZERO, Reduction, check_mask, select, upcast
-from limbeck.losses.logits import Divergence, divergence_of_log_probs
+from limbeck.losses._common import LOG_ZERO, Reduction, check_mask, select
+from limbeck.losses.logits import Divergence, divergence_of_log_probs, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     """The k likeliest ids of softmax(z / temperature), largest first; k is capped by V. logits: [..., V]. Without gradient."""
     logits = logits.detach()
     vocabulary = logits.shape[-1]
-    log_probs = (upcast(logits) / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
+    log_probs = log_probabilities(logits, temperature)
     top = log_probs.topk(min(k, vocabulary))
-    rest = log_probs.scatter(-1, top.indices, LOG_ZERO).logsumexp(-1).clamp_min(LOG_ZERO)
+    rest = bucketed(log_probs, top.indices)[..., -1]
     return TopK(top.indices, top.values, rest, temperature, vocabulary)
 
 
@@ -91,7 +91,7 @@ def top_k_divergence(
         raise ValueError(
             f"student {list(student_logits.shape)} and teacher entries {list(teacher.ids.shape)} differ in positions"
         )
-    student = (upcast(select(student_logits, mask)) / teacher.temperature).log_softmax(-1)
+    student = log_probabilities(select(student_logits, mask), teacher.temperature)
     log_q = bucketed(student, select(teacher.ids, mask))
     return divergence_of_log_probs(
         log_q,

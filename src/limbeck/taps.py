@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -180,19 +180,29 @@ def describe(model: nn.Module, run: Callable[[], object]) -> list[Submodule]:
     ``run`` calls the model once on some batch. It is called in eval mode and without gradient, so that nothing moves.
     """
     found: dict[str, Submodule] = {}
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as taps, torch.no_grad():
+    with ExitStack() as taps, undisturbed(model):
         for name, module in model.named_modules():
             if name:
                 note = _note(found, name, type(module).__name__)
                 taps.callback(module.register_forward_hook(note).remove)
-        model.eval()
-        try:
-            run()
-        finally:
-            for module in training:
-                module.training = True
+        run()
     return list(found.values())
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """For a dry forward: eval mode and no gradient; modes and the state of the random generators are as before afterwards.
+
+    device: a GPU whose generator is kept too.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _place(target: str | tuple[str, Where]) -> tuple[str, Where]:

@@ -68,6 +68,19 @@ class Method(nn.Module):
         Raises `BadInput` where student, teacher and data do not fit.
         """
 
+    def survey(self, batches: Iterable[Batch]) -> None:
+        """Look at the whole training data once, before training: fit what is fitted and not trained (directions, banks).
+
+        Called after `prepare`, on the device, under no_grad, by every process with all of the data, unaugmented and in order; also when a
+        run is resumed, so that it must depend on nothing else. The default needs no look, and none is taken.
+        """
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Choose on validation data what is chosen and not trained (a mixture of heads); called before a student is measured there.
+
+        On the device, under no_grad, in eval mode. What is chosen belongs into buffers, so that it is kept with the student.
+        """
+
     def forward(self, batch: Batch) -> Losses:
         """The weighted loss terms of one batch."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(batch) -> Losses")

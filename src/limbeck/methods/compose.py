@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from limbeck.errors import BadInput, LimbeckError
 from limbeck.losses.top_k import TopK, top_k_divergence
 from limbeck.losses.top_k import top_k as top_k_of
 from limbeck.methods.base import Losses, Method
+from limbeck.models.classifier import logits_of
 from limbeck.modules.projectors import infer_adapter
 from limbeck.naming import nearest
 from limbeck.teachers.cached import CachedTeacher, Rows
@@ -273,7 +274,7 @@ class Compose(Method):
         pixel_values, labels, taught = _inputs(batch)
         if labels is None and (needing := [name for name, term in self.objectives.items() if term.needs_labels]):
             raise BadInput(f"the batch has no labels, and {', '.join(needing)} needs them")
-        with _undisturbed(self.student, pixel_values.device):
+        with taps.undisturbed(self.student, pixel_values.device):
             pairs = self._observe(pixel_values, taught, self.objectives)
         like = next((p for p in self.student.parameters() if p.is_floating_point()), pixel_values)
         self.adapters, self.rows = nn.ModuleDict(), []
@@ -346,7 +347,7 @@ class Compose(Method):
             teacher.join()
         layers, pairs = self.student_taps.targets, {}
         for name, term in terms.items():
-            seen = features[name] if name in layers else _logits(output)
+            seen = features[name] if name in layers else logits_of(output)
             pairs[name] = seen, taught[name] if term.needs_teacher else None
         return pairs
 
@@ -363,7 +364,7 @@ class Compose(Method):
             output = teacher(pixel_values)
         layers, told = self.teacher_taps.targets, {}
         for name in needing:
-            told[name] = features[name] if name in layers else _logits(output)
+            told[name] = features[name] if name in layers else logits_of(output)
         return told
 
 
@@ -385,16 +386,6 @@ def _inputs(batch: Batch | Sequence[Tensor]) -> tuple[Tensor, Any, Any]:
     if len(batch) != 2:
         raise BadInput(f"the batch has {len(batch)} entries; expected (pixel_values, labels) or a mapping with these keys")
     return batch[0], batch[1], None
-
-
-def _logits(output: Any) -> Tensor:
-    """A model's logits: its output, or the ``logits`` in it."""
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise BadInput(f"a model returned {type(output).__name__} without logits; return a tensor, or an object with .logits")
-    return logits
 
 
 def _adapter(name: str, term: FeatureObjective, student: Any, teacher: Any) -> nn.Module:
@@ -422,16 +413,3 @@ def _plan_row(
         adapter=repr(adapter) if adapter else "",
         parameters=sum(p.numel() for p in adapter.parameters()) if adapter else 0,
     )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode and no gradient; modes and the state of the random generators are as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -3,10 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torchvision's wheel is linked against CUDA: beside a CPU torch, transformers could not be imported any more. So torchvision and timm
-# stand apart, where only the tests look (limbeck.models.loading.ensure_torchvision makes them importable there).
-VISION := $(CURDIR)/$(VENV)/vision
-
 .PHONY: setup demo test lint docs clean
 
 setup: $(STAMP)
@@ -18,7 +14,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VISION) torchvision timm
 	touch $(STAMP)
 
 DEMO_OUT ?= runs/demo
@@ -29,7 +24,7 @@ demo: setup
 	$(BIN)/limbeck probe $(DEMO_OUT)/switch-kd/seed-0
 
 test: setup lint
-	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from limbeck.errors import BadInput, LimbeckError
-from limbeck.methods.compose import CE, KD, ComposeConfig, Cosine, Hint, Objective, compose, objective
+from limbeck.methods.compose import ComposeConfig, compose
+from limbeck.methods.objectives import CE, KD, Cosine, Hint, Objective, objective
 
 
 class CNN(nn.Module):
@@ -286,7 +287,7 @@ def test_a_new_objective_is_known_by_its_name(teacher, student, batch, monkeypat
         ({"kd": {"kind": "symmetric"}}, "kd.kind"),
         ({"kd": {"beta": 2}}, "beta is 2.0"),
         ({"kd": 4}, "takes {key: value}, not 4"),
-        ({"hint": {"student": "a"}}, "hint.teacher: Field required"),
+        ({"hint": {"regressor": "mlp"}}, "hint.regressor"),
         ({"ce": {"weight": -1}}, "weight is -1.0"),
         ({"ce": {"label_smoothing": 2}}, "label_smoothing is 2.0"),
         ({"ce": {}, "kd": {}}, "is no objective"),

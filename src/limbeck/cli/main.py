@@ -7,7 +7,7 @@ import sys
 import typer
 
 from limbeck import __version__
-from limbeck.cli import bench, cache, compare, evaluate, list_methods, probe, resume, run, show, taps
+from limbeck.cli import bench, cache, compare, evaluate, export, list_methods, probe, resume, run, show, synth, taps
 from limbeck.errors import BadInput, LimbeckError
 
 app = typer.Typer(
@@ -29,7 +29,9 @@ app.command("evaluate")(evaluate.command)
 app.command("bench", context_settings=OVERRIDES)(bench.command)
 app.command("compare")(compare.command)
 app.command("probe")(probe.command)
+app.command("export")(export.command)
 app.command("taps")(taps.command)
+app.add_typer(synth.app)
 
 
 def print_version(asked: bool) -> None:

@@ -9,19 +9,22 @@ from limbeck.cli.output import print_json, print_table
 
 def command(
     model: str = typer.Argument(
-        help="source:name, as in transformers:org/model, python:pkg.mod:factory, tiny:digit-vlm-student."
+        help="source:name, as in transformers:org/model, timm:resnet18, torchvision:mobilenet_v2, python:pkg.mod:factory, tiny:cnn."
     ),
-    shape: str = typer.Option("1,3,224,224", help="Shape of the picture batch for the dry forward of a plain module."),
+    shape: str = typer.Option(
+        "",
+        help="Shape of the picture batch for the dry forward, as in 1,3,64,64; default: a classifier's own size, else 1,3,224,224.",
+    ),
     depth: int = typer.Option(4, help="How deep to list; 0 lists everything."),
     json: bool = typer.Option(False, "--json", help="One JSON list instead of a table."),
 ) -> None:
-    """List what can be tapped in a model, with the output shapes of one dry forward.
+    """List what can be tapped in a model, with the output shapes of one dry forward; the usual points are marked.
 
-    Example: limbeck taps tiny:digit-vlm-student
+    Example: limbeck taps timm:resnet18 --depth 1
     """
     from limbeck.engine.describe import tap_points
 
-    points = tap_points(model, tuple(int(part) for part in shape.split(",")))
+    points = tap_points(model, tuple(int(part) for part in shape.split(",")) if shape else None)
     rows = [point for point in points if not depth or point["name"].count(".") < depth]
     if json:
         print_json(rows)

@@ -19,6 +19,7 @@ from limbeck.errors import BadInput
 from limbeck.methods.base import Batch
 
 POOL = 50  # batches whose samples are sorted by length together, as transformers' group_by_length
+EVALUATION_BATCH = 64  # samples
 MOST_WORKERS = 8  # a process, where their number is not given
 
 

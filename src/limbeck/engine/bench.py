@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from limbeck.engine.progress import Progress
-from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.run import environment, run, trained_student, with_inputs
-from limbeck.engine.task import build_task, load_teacher, open_cache
+from limbeck.engine.recipe import PATH_KEYS, Arm, Recipe, load_recipe, shipped_recipes
+from limbeck.engine.run import environment, forwards, run, trained_student
+from limbeck.engine.task import bare_module, build_task, open_cache, recipe_teacher
 from limbeck.errors import BadInput
 from limbeck.evaluate.cost import latencies
+from limbeck.models.classifier import Classifier
 from limbeck.models.vlm import VLM
+from limbeck.naming import nearest
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's.
 T95 = (
@@ -55,13 +57,13 @@ def bench(
     progress, folder = Progress(quiet=quiet), Path(out)
     arms = {recipe.method.name: recipe}
     for arm in recipe.arms:
-        arms[arm if isinstance(arm, str) else arm.name] = recipe.with_method(arm)
+        arms[arm_name(arm)] = recipe.with_method(arm)
     for variant in arms.values():
         open_cache(variant)  # what cannot train from it is refused before anything is trained
     if recipe.cache is not None and seeds > 1 and recipe.data.source == "digit-scenes":
         raise BadInput("bench draws new digit-scenes for each seed, and a cache holds one draw: leave `cache` out, or --seeds 1")
     check_same(folder, recipe)
-    teacher = load_teacher(recipe.teacher) if recipe.teacher and recipe.cache is None else None
+    teacher = recipe_teacher(recipe)
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}
     missing = [(arms[name].with_seed(seed), path) for (name, seed), path in paths.items() if not (path / "result.json").exists()]
     alone = torch.cuda.is_available() or recipe.student.source != "tiny"
@@ -88,6 +90,97 @@ def bench(
     }
     (folder / "bench.json").write_text(json.dumps(table, indent=1))
     return table
+
+
+def bench_all(
+    *,
+    seeds: int = 3,
+    out: str | Path,
+    names: Sequence[str] = (),
+    jobs: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """`bench` of every recipe that ships with Limbeck, has controls and brings its own data; what is finished in ``out`` is not repeated.
+
+    names: only these recipes. Writes ``scoreboard.json`` and ``scoreboard.md`` after every recipe. Returns ``{"rows", "failed"}``: a row is
+    ``{"recipe", "method", "control", "metric", "method_mean", "control_mean", "gain", "low", "high", "seeds", "seconds"}`` with the metric
+    that the recipe selects by, on test data where there is such; failed: recipe -> why it could not be benched.
+    """
+    progress, folder = Progress(quiet=quiet), Path(out)
+    for name in names:
+        if name not in benchable():
+            raise BadInput(f"no recipe {name!r} to bench; {nearest(name, benchable())}")
+    table: dict[str, Any] = {"rows": [], "failed": {}}
+    for name in names or benchable():
+        recipe = load_recipe(name)
+        progress.note(f"{name}: {', '.join([recipe.method.name, *map(arm_name, recipe.arms)])}")
+        try:
+            result = bench(recipe, seeds=seeds, out=folder / name, jobs=jobs, quiet=quiet)
+        except BadInput as error:
+            table["failed"][name] = str(error)
+            progress.warn(f"{name}: {error}")
+            continue
+        table["rows"] += scores(name, recipe.train.select.metric, result)
+        (folder / "scoreboard.json").write_text(json.dumps(table, indent=1))
+        (folder / "scoreboard.md").write_text(as_markdown(table["rows"]))
+    return table
+
+
+def benchable() -> dict[str, Path]:
+    """The shipped recipes that have controls and need no files of the user."""
+    found = {}
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(path)
+        if recipe.arms and not PATH_KEYS & set(recipe.data.model_extra or {}) - {"answers"} and "/" not in name:
+            found[name] = path
+    return found
+
+
+def scores(name: str, metric: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one bench: the method against each control."""
+    method, seconds = result["arms"][result["method"]], sum(sum(arm["seconds"]["values"]) for arm in result["arms"].values())
+    rows = []
+    for control, differences in result["paired"].items():
+        if metric in differences:
+            gain = differences[metric]
+            rows.append(
+                {
+                    "recipe": name,
+                    "method": result["method"],
+                    "control": control,
+                    "metric": metric,
+                    "method_mean": method[metric]["mean"],
+                    "control_mean": result["arms"][control][metric]["mean"],
+                    "gain": gain["mean"],
+                    "low": gain["low"],
+                    "high": gain["high"],
+                    "seeds": result["seeds"],
+                    "seconds": seconds,
+                }
+            )
+    return rows
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The scoreboard as a table; a gain whose interval lies above 0 is bold."""
+    lines = [
+        "| system | control | metric | system | control | gain | 95 % interval | seeds | seconds, all arms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gain = f"{row['gain']:+.3f}"
+        within = "-" if row["low"] is None else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        gain = f"**{gain}**" if (row["low"] or 0) > 0 else gain
+        lines.append(
+            f"| {row['method']} | {row['control']} | {row['metric'].replace('_', ' ')} | {row['method_mean']:.3f} "
+            f"| {row['control_mean']:.3f} | {gain} | {within} | {row['seeds']} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def arm_name(arm: Arm | str) -> str:
+    """The name of a control."""
+    return arm if isinstance(arm, str) else arm.name
 
 
 def check_same(folder: Path, recipe: Recipe) -> None:
@@ -167,11 +260,12 @@ def paired(values: Sequence[float], controls: Sequence[float]) -> dict[str, floa
 def arm_latencies(recipe: Recipe, folders: Mapping[str, Path], teacher: VLM | nn.Module | None) -> dict[str, float]:
     """Milliseconds of one forward on the CPU: the teacher's and each arm's first student's, in turns in this process."""
     students = {name: trained_student(path, recipe) for name, path in folders.items()}
-    task = build_task(recipe, teacher, next(iter(students.values())))
-    readers = {name: view for name, view in {"teacher": task.teacher, **students}.items() if isinstance(view, VLM)}
-    for view in readers.values():
-        view.model.to("cpu").eval()
-    return latencies(with_inputs(task, readers))
+    first = next(iter(students.values()))
+    task = build_task(recipe, teacher, first if isinstance(first, VLM) else None)
+    models = {name: model for name, model in {"teacher": task.teacher, **students}.items() if isinstance(model, VLM | Classifier)}
+    for model in models.values():
+        bare_module(model).to("cpu").eval()
+    return latencies(forwards(task, models))
 
 
 def teacher_row(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ def shares(method: Method, batch: Batch) -> tuple[dict[str, Any], dict[str, str]
 
     Returns {"norm": {term: L2 norm}, "share": {term: part of the summed norms}, "cosine": {"a,b": cosine}} and a
     remark for a person on each term that does nothing.
-    The random state is left as it was and no gradient is accumulated.
+    The random state and the method's buffers (BatchNorm's, memories) are left as they were, and no gradient is accumulated.
     """
+    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}
     parameters = [parameter for parameter in method.student.parameters() if parameter.requires_grad]
     devices = [parameters[0].device] if parameters[0].is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
@@ -30,6 +31,9 @@ def shares(method: Method, batch: Batch) -> tuple[dict[str, Any], dict[str, str]
         parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True))
         gradients[name] = torch.cat([part.flatten().float() for part in filled])
+    with torch.no_grad():
+        for name, buffer in method.named_buffers():
+            buffer.copy_(buffers[name])
     norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
     total = sum(norms.values()) or 1.0
     names = list(norms)

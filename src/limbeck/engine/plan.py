@@ -21,25 +21,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from limbeck.engine.batches import padding, sample_lengths
 from limbeck.engine.estimate import PARTS, Sizes, Tokens, Work, flops, image_tokens, memory, sizes_of
+from limbeck.engine.pictures import Pictures
 from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe, parse_overrides
 from limbeck.engine.task import (
+    Task,
     check_fingerprint,
+    classifies,
     data_specs,
     load_model,
     open_cache,
+    pictures_task,
     plain_task,
     taught_task,
     vision_language_task,
 )
-from limbeck.engine.trainer import PlannedStage, choose_trainable, match_stages, stage_steps
+from limbeck.engine.trainer import PlannedStage, choose_trainable, introduce, match_stages, stage_steps
 from limbeck.errors import BadInput
+from limbeck.evaluate.cost import flops as forward_flops
 from limbeck.methods.base import Method
+from limbeck.methods.objectives import unwrapped
 from limbeck.methods.registry import configure, find
 from limbeck.methods.vlm.base import VLMMethod
+from limbeck.models.loading import kind_of
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
 
@@ -84,17 +90,21 @@ def plan(
     resolved = load_recipe(recipe, rest)
     method_class: Any = find(resolved.method.name).load()
     hyper = vars(configure(method_class, resolved.method.hyper))
-    student = skeleton(resolved.student)
+    specs = data_specs(resolved)
+    pictures = Pictures.of(specs) if classifies(resolved) else None
+    classes = None if pictures is None else pictures.classes
+    student = skeleton(resolved.student, classes)
     cached = open_cache(resolved)
-    teacher = skeleton(resolved.teacher) if resolved.teacher and resolved.cache is None else None
+    teacher = skeleton(resolved.teacher, classes) if resolved.teacher and resolved.cache is None else None
     method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
     if cached is not None:
         check_fingerprint(resolved, method, cached)
-    specs = data_specs(resolved)
     if isinstance(method, VLMMethod):
         planned = _plan_vision_language(resolved, method, teacher, specs, assumed)
     else:
-        planned = _plan_plain(resolved, method, teacher.model if isinstance(teacher, VLM) else teacher, specs, assumed)
+        bare = teacher.model if isinstance(teacher, VLM) else teacher
+        task = plain_task(resolved, method, bare, specs) if pictures is None else pictures_task(resolved, method, bare, pictures)
+        planned = _plan_plain(resolved, method, bare, task, assumed)
     if cached is not None:
         planned["notes"].append(f"the teacher is not loaded: what it says is read from {cached.folder}")
     return planned
@@ -120,12 +130,14 @@ def assumptions(overrides: Sequence[str], given: Mapping[str, Any]) -> tuple[Ass
         raise BadInput(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def skeleton(spec: ModelSpec) -> VLM | nn.Module:
-    """The model of a spec, for its sizes: on the meta device where transformers builds it; a recipe's student is not trained."""
+def skeleton(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM | nn.Module:
+    """The model of a spec, for its sizes: on the meta device where transformers builds a vision-language model; a recipe's student is not
+    trained. classes: of the data."""
     if spec.source == "recipe":
-        return skeleton(load_recipe(spec.name, [f"--{key}={value}" for key, value in spec.options.items()]).student)
-    if spec.source != "transformers":
-        return load_model(spec, seed=0)
+        recipe = load_recipe(spec.name, [f"--{key}={value}" for key, value in spec.options.items()])
+        return skeleton(recipe.student, Pictures.of(data_specs(recipe)).classes if classifies(recipe) else None)
+    if spec.source != "transformers" or kind_of(spec.model_dump(exclude_defaults=True)) == "classifier":
+        return load_model(spec, seed=0, classes=classes)
     with torch.device("meta"):
         return load_model(spec.model_copy(update={"random_init": True, "weights": None}), seed=0)
 
@@ -285,21 +297,19 @@ def _checks(method: VLMMethod, views: Mapping[str, VLM]) -> list[dict[str, str]]
 # -- any other modules -----------------------------------------------------------------------------------------------------------------
 
 
-def _plan_plain(
-    recipe: Recipe, method: Method, teacher: nn.Module | None, specs: Mapping[str, DataSpec], assumed: Assumptions
-) -> dict[str, Any]:
+def _plan_plain(recipe: Recipe, method: Method, teacher: nn.Module | None, task: Task, assumed: Assumptions) -> dict[str, Any]:
     """Forwards are counted, not estimated: torch's FlopCounterMode on one sample; 3 forwards of the student, 1 of the teacher."""
-    task = plain_task(recipe, method, teacher, specs)
     if (cached := open_cache(recipe)) is not None:
         task = taught_task(recipe, task, cached)
     dataset = next(iter(task.data.values()))
     if recipe.train.group_by_length:
         sample_lengths(dataset)
     batch = task.collate([dataset[index] for index in range(min(2, len(dataset)))])
+    introduce(method, dataset)
     with torch.no_grad():
         method.eval().prepare(batch)
     models = {"student": method.student, **({"teacher": teacher} if teacher is not None else {})}
-    forward = {side: _forward_flops(model, batch["pixel_values"][:1]) for side, model in models.items()}
+    forward = {side: forward_flops(model, batch["pixel_values"][:1]) for side, model in models.items()}
     lengths = {stage: len(data) for stage, data in task.data.items()}
     stages = []
     for stage in _stages(recipe, method, lengths, assumed):
@@ -316,7 +326,7 @@ def _plan_plain(
         "models": {
             side: {
                 "name": f"{getattr(recipe, side).source}:{getattr(recipe, side).name}",
-                "family": type(model).__name__,
+                "family": type(unwrapped(model)).__name__,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "parameters": {"total": sum(parameter.numel() for parameter in model.parameters())},
             }
@@ -330,12 +340,6 @@ def _plan_plain(
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
     }
-
-
-def _forward_flops(model: nn.Module, pixel_values: torch.Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(pixel_values)
-    return counter.get_total_flops()
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------------------------

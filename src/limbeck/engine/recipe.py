@@ -33,9 +33,11 @@ class MethodSpec(BaseModel):
 class ModelSpec(Strict):
     """A model.
 
-    source: transformers (a hub name or a folder) | python (``pkg.mod:factory``) | tiny (embedded, made live) |
-    recipe (train it first by the recipe at ``name``, once; teachers only).
+    source: transformers (a hub name or a folder) | timm | torchvision | open_clip | efficientnet-lite | python (``pkg.mod:factory``) |
+    tiny (embedded, made live) | recipe (train it first by the recipe at ``name``, once; teachers only).
     dtype: of the weights; null: float32 for a student, the checkpoint's own for a teacher. weights: a safetensors file to start from.
+    Of image classifiers: pretrained: the library's own weights, true or by name. classes: outputs, or names for a zero-shot model; null:
+    those of the data for a student. channels, size: what it is shown; null: as it was trained. prompts: templates of a zero-shot model.
     options: keywords of the factory, or sizes of an embedded model.
     """
 
@@ -45,6 +47,11 @@ class ModelSpec(Strict):
     trust_remote_code: bool = False
     random_init: bool = False
     weights: str | None = None
+    pretrained: bool | str = False
+    classes: Annotated[int, Field(gt=0)] | tuple[str, ...] | None = None
+    channels: Annotated[int, Field(gt=0)] | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    prompts: tuple[str, ...] = ()
     options: dict[str, Any] = {}
 
 
@@ -82,9 +89,10 @@ class Recipe(Strict):
         return self.model_copy(update={"method": method})
 
     def with_seed(self, seed: int) -> Recipe:
-        """This recipe with another training seed; scenes that are made for it are drawn anew too (held-out ones never change)."""
+        """This recipe with another training seed; what is drawn of the data for it (scenes, few shots) is drawn anew too. Held-out data
+        never changes."""
         update: dict[str, Any] = {"train": self.train.model_copy(update={"seed": seed})}
-        if self.data.source == "digit-scenes":
+        if self.data.source == "digit-scenes" or DRAWN & set(self.data.model_extra or {}):
             update["data"] = DataSpec(**{**self.data.model_dump(), "seed": seed})
         return self.model_copy(update=update)
 
@@ -186,7 +194,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-PATH_KEYS = {"path", "images", "val_path", "test_path"}
+PATH_KEYS = {"path", "images", "val_path", "test_path", "answers"}
+DRAWN = {"shots", "labelled_fraction", "limit", "imbalance"}
+"""Keys of image data that draw a part of the training split, by ``seed``."""
 
 
 def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

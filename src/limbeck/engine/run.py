@@ -24,19 +24,21 @@ from torch import nn
 
 from limbeck import __version__
 from limbeck.batch import Batch, teacher_side
-from limbeck.engine.batches import collate_pairs, evaluation_loader, typical_batch
+from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, evaluation_loader, typical_batch
 from limbeck.engine.checkpoint import write_atomically
 from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.task import EVALUATION_BATCH, Task, bare_module, build_task, cache_folder, load_model, validator
-from limbeck.engine.trainer import PRECISION, Evaluate, Trainer, forget_accelerator
+from limbeck.engine.task import Task, bare_module, build_task, cache_folder, load_model, validator
+from limbeck.engine.trainer import PRECISION, Evaluate, Trainer, forget_accelerator, introduce
 from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
-from limbeck.evaluate.cost import latencies, parameters
+from limbeck.evaluate.cost import first_token, flops, latencies, parameters, size_bytes
 from limbeck.evaluate.probe import ProbeResult, probe
 from limbeck.methods.base import Method
+from limbeck.models.classifier import VIEW_FILE, Classifier
 from limbeck.models.loading import load_vlm, quiet_bars
+from limbeck.models.vision import load_classifier
 from limbeck.models.vlm import VLM
 from limbeck.settings import validated
 
@@ -81,9 +83,7 @@ def run(
     folder = Path(out or f"runs/{recipe.method.name}-{stamp}")
     claim(folder)
     task = build_task(recipe, teacher)
-    trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
-    trainer.setup()
-    task.rehearse(trainer)
+    trainer = task_trainer(task, recipe, folder, quiet=quiet)
     if trainer.accelerator.is_main_process:
         write_head(folder, recipe, task)
     return finish(trainer, task, resume=False)
@@ -96,10 +96,24 @@ def resume(folder: str | Path, *, quiet: bool = False) -> Run:
     if (folder / "result.json").exists():
         raise BadInput(f"{folder} is complete: nothing to resume (its student is in {folder / 'student'})")
     task = build_task(recipe)
-    trainer = Trainer(task.method, task.data, recipe.train, folder, collate=task.collate, evaluate=validator(task), quiet=quiet)
+    return finish(task_trainer(task, recipe, folder, quiet=quiet), task, resume=True)
+
+
+def task_trainer(task: Task, recipe: Recipe, folder: Path, *, quiet: bool) -> Trainer:
+    """The trainer of a task, ready to train: placed, surveyed and rehearsed."""
+    trainer = Trainer(
+        task.method,
+        task.data,
+        recipe.train,
+        folder,
+        collate=task.collate,
+        evaluate=validator(task),
+        reference=task.reference,
+        quiet=quiet,
+    )
     trainer.setup()
     task.rehearse(trainer)
-    return finish(trainer, task, resume=True)
+    return trainer
 
 
 def evaluate_run(folder: str | Path, *, split: str = "test", names: Sequence[str] | None = None) -> dict[str, float]:
@@ -124,12 +138,14 @@ def reopen(folder: str | Path, *, teacher: bool = True) -> tuple[Task, Accelerat
     recipe = load_recipe(folder / "recipe.yaml")
     if recipe.cache is not None and (teacher or not Path(recipe.cache).is_dir()):
         recipe = recipe.model_copy(update={"cache": None})
-    task = build_task(recipe, student=trained_student(folder, recipe))
-    adapters = folder / "adapters.safetensors"
-    if adapters.exists():
+    adapters = load_file(folder / "adapters.safetensors") if (folder / "adapters.safetensors").exists() else {}
+    trained_apart = any(name.startswith("student.") for name in adapters)
+    task = build_task(recipe, student=None if trained_apart else trained_student(folder, recipe))
+    if adapters:
+        introduce(task.method, next(iter(task.data.values())))
         with torch.no_grad():
-            task.method.prepare(typical_batch(next(iter(task.data.values())), task.collate))
-        task.method.load_state_dict(load_file(adapters), strict=False)
+            task.method.eval().prepare(typical_batch(next(iter(task.data.values())), task.collate))
+        task.method.load_state_dict(adapters, strict=False)
     forget_accelerator()
     accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision])
     task.method.to(accelerator.device).eval()
@@ -140,6 +156,8 @@ def reopen(folder: str | Path, *, teacher: bool = True) -> tuple[Task, Accelerat
 
 def trained_student(folder: Path, recipe: Recipe) -> VLM | nn.Module:
     """The student that a run wrote, by the library that it came from."""
+    if (folder / "student" / VIEW_FILE).exists():
+        return load_classifier(folder / "student")
     if (folder / "student" / "config.json").exists():
         return load_vlm("transformers", str(folder / "student"), dtype="float32")
     student = load_model(recipe.student, recipe.train.seed)
@@ -225,30 +243,38 @@ def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
 
 
 def costs(task: Task) -> dict[str, Any]:
-    """Parameters and latency of the student and of the teacher."""
-    views = {"student": getattr(task.method, "view", task.method.student), "teacher": task.teacher}
+    """Parameters and latency of the student, as it is shipped, and of the teacher; bytes and operations too, of image classifiers."""
+    views = {"student": getattr(task.method, "view", task.method.deployable()), "teacher": task.teacher}
     found: dict[str, Any] = {
         name: {"parameters": parameters(bare_module(view))} for name, view in views.items() if view is not None
     }
-    readers = {name: view for name, view in views.items() if isinstance(view, VLM)}
-    for name, milliseconds in latencies(with_inputs(task, readers)).items():
+    calls = forwards(task, {name: view for name, view in views.items() if isinstance(view, VLM | Classifier)})
+    device = next(task.method.student.parameters()).device
+    for name, milliseconds in latencies(calls, device=device).items():
         found[name]["latency_ms"] = milliseconds
+        view = views[name]
+        if isinstance(view, Classifier):
+            found[name] |= {"bytes": size_bytes(view), "flops": flops(view, *calls[name].args)}
     return found
 
 
-def with_inputs(task: Task, readers: Mapping[str, VLM]) -> dict[str, tuple[VLM, dict[str, torch.Tensor]]]:
-    """Each model with what it reads of one held-out sample, on its device; "teacher" reads the teacher's side. Empty without samples."""
+def forwards(task: Task, models: Mapping[str, VLM | Classifier]) -> dict[str, partial[Any]]:
+    """One forward of each model over one held-out sample, on its device; "teacher" reads the teacher's side. Empty without samples."""
     split = next(iter(task.held_out), None)
     if split is None:
         return {}
     sample = task.collate([task.held_out[split][0]])
 
-    def side(name: str, view: VLM) -> dict[str, torch.Tensor]:
+    def forward(name: str, model: VLM | Classifier) -> partial[Any]:
+        device = next(bare_module(model).parameters()).device
+        if isinstance(model, Classifier):
+            return partial(model.eval(), sample["pixel_values"].to(device))
         inputs = teacher_side(sample) if name == "teacher" else sample["student"]
-        device = next(view.model.parameters()).device
-        return {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        return partial(
+            first_token, model, {key: value.to(device) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        )
 
-    return {name: (view, side(name, view)) for name, view in readers.items()}
+    return {name: forward(name, model) for name, model in models.items()}
 
 
 def claim(folder: Path) -> None:
@@ -290,7 +316,9 @@ def save_student(method: Method, folder: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     student: Any = method.deployable()
-    if hasattr(student, "save_pretrained"):
+    if isinstance(student, Classifier):
+        student.save(staged)
+    elif hasattr(student, "save_pretrained"):
         with quiet_bars():
             student.save_pretrained(staged)
         processor = getattr(getattr(method, "view", None), "processor", None)
@@ -300,7 +328,8 @@ def save_student(method: Method, folder: Path) -> None:
         save_model(student, str(staged / "model.safetensors"))
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(staged, folder / "student")
-    adapters = {name: tensor.contiguous() for name, tensor in method.state_dict().items() if not name.startswith("student.")}
+    kept = "student." if student is method.student else "nothing"  # a method that ships something else than it trains keeps both
+    adapters = {name: tensor.contiguous() for name, tensor in method.state_dict().items() if not name.startswith(kept)}
     if adapters:
         save_file(adapters, folder / "adapters.safetensors")
 
@@ -325,7 +354,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM:
+def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM | nn.Module:
     """The student of a recipe, trained the first time it is asked for and kept in the cache under the recipe's fingerprint."""
     recipe = load_recipe(source, overrides)
     kept = cache_folder() / "teachers" / f"{Path(source).stem}-{recipe.fingerprint}"
@@ -342,6 +371,8 @@ def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM:
             if state.is_main_process:
                 os.replace(unfinished, kept)
             state.wait_for_everyone()
+    if (kept / "student" / VIEW_FILE).exists():
+        return load_classifier(kept / "student")
     return load_vlm("transformers", str(kept / "student"))
 
 

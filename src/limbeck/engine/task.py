@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
+from torch.utils.data import Subset
 
 from limbeck.batch import Batch
 from limbeck.data.embedded.digit_scenes import Split
-from limbeck.data.loading import load_data
+from limbeck.data.images import IMAGE_SOURCES
+from limbeck.data.loading import SOURCES, load_data
 from limbeck.data.vlm import VQACollator, VQADataset
-from limbeck.engine.batches import collate_pairs, evaluation_loader
+from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, evaluation_loader
 from limbeck.engine.checkpoint import load_weights
 from limbeck.engine.fingerprint import difference, identity
+from limbeck.engine.pictures import Pictures
 from limbeck.engine.recipe import DataSpec, ModelSpec, Recipe
 from limbeck.engine.taught import TaughtCollate, TaughtDataset
 from limbeck.engine.trainer import Trainer, match_stages
@@ -28,18 +32,18 @@ from limbeck.errors import BadInput
 from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
 from limbeck.methods.registry import configure, find
-from limbeck.models.loading import imported, load
+from limbeck.models.classifier import Classifier
+from limbeck.models.loading import imported, kind_of, load
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
 from limbeck.teachers.cached import CachedTeacher
 from limbeck.teachers.frozen import FrozenTeacher
 
-EVALUATION_BATCH = 64
-
 
 @dataclass
 class Task:
-    """Everything a run trains and measures. data: stage name (or "train") -> dataset; skipped: broken rows, by split."""
+    """Everything a run trains and measures. data: stage name (or "train") -> dataset; skipped: broken rows, by split; reference: the
+    training data unaugmented, for methods that survey it and protocols that learn from it."""
 
     method: Method
     teacher: VLM | nn.Module | None
@@ -48,13 +52,27 @@ class Task:
     collate: Callable[[list[Any]], Batch]
     protocols: tuple[str, ...]
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    reference: Any = None
 
     def measure(self, method: Method, accelerator: Accelerator, *, split: str = "val") -> dict[str, float]:
-        """The recipe's protocols on a held-out split."""
+        """The recipe's protocols on a held-out split. On validation data, the method first chooses there what it does not train."""
+        device = accelerator.device
+        if split == "val" and type(method).calibrate is not Method.calibrate:
+            method.calibrate(self.shown(self.held_out[split], device))
         loader = evaluation_loader(
             self.held_out[split], self.collate, EVALUATION_BATCH, rank=accelerator.process_index, world=accelerator.num_processes
         )
-        return protocols.evaluate(self.protocols, loader, method, self.teacher, device=accelerator.device)
+        return protocols.evaluate(
+            self.protocols, loader, method, self.teacher, device=device, reference=self.referring(self.reference, device)
+        )
+
+    def referring(self, dataset: Any, device: torch.device) -> Callable[[], Iterator[Batch]] | None:
+        """What gives a protocol training data to learn from; None where there is none for that."""
+        return None if dataset is None else partial(self.shown, dataset, device)
+
+    def shown(self, dataset: Any, device: torch.device) -> Iterator[Batch]:
+        """The batches of a dataset in order, on the device."""
+        return (send_to_device(batch, device) for batch in evaluation_loader(dataset, self.collate, EVALUATION_BATCH))
 
     def rehearse(self, trainer: Trainer) -> None:
         """Bring the teacher to the device, and run every protocol on two held-out samples, so that what cannot be measured is refused
@@ -65,11 +83,13 @@ class Task:
             return
         samples = self.held_out["val"]
         batch = self.collate([samples[index] for index in range(min(2, len(samples)))])
+        some = Subset(self.reference, range(min(EVALUATION_BATCH, len(self.reference)))) if self.reference is not None else None
         measured = trainer.measured(
             lambda method, accelerator: protocols.evaluate(
-                self.protocols, [batch], method, self.teacher, device=accelerator.device
+                self.protocols, [batch], method, self.teacher, device=accelerator.device,
+                reference=self.referring(some, accelerator.device),
             )
-        )
+        )  # fmt: skip
         wanted = trainer.config.select.metric
         if wanted not in measured:
             raise BadInput(f"train.select.metric {wanted!r} is not measured by evaluate: {nearest(wanted, measured)}")
@@ -97,19 +117,30 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
         protocols.find(name)
     torch.manual_seed(recipe.train.seed)
     cached = open_cache(recipe)
-    student = student or load_model(trainable(recipe.student), recipe.train.seed)
+    specs = data_specs(recipe)
+    pictures = Pictures.of(specs) if classifies(recipe) else None
+    classes = None if pictures is None else pictures.classes
+    student = student or load_model(trainable(recipe.student), recipe.train.seed, classes)
     if teacher is None and recipe.teacher is not None and recipe.cache is None:
-        teacher = load_teacher(recipe.teacher)
+        teacher = load_teacher(recipe.teacher, classes)
     if teacher is not None:
         FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
     method_class: Any = entry.load()
     method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
-    specs = data_specs(recipe)
     if isinstance(student, VLM):
         task = vision_language_task(recipe, method, student, teacher, specs)
+    elif pictures is not None:
+        task = pictures_task(recipe, method, teacher, pictures)
     else:
         task = plain_task(recipe, method, teacher if isinstance(teacher, nn.Module) else None, specs)
     return task if cached is None else taught_task(recipe, task, cached)
+
+
+def classifies(recipe: Recipe) -> bool:
+    """Whether a recipe's student names classes of pictures that one of the image sources holds."""
+    if recipe.data.source not in IMAGE_SOURCES:
+        return False
+    return recipe.data.source not in SOURCES or kind_of(recipe.student.model_dump(exclude_defaults=True)) == "classifier"
 
 
 def data_specs(recipe: Recipe) -> dict[str, DataSpec]:
@@ -200,6 +231,25 @@ def vision_language_task(
     return Task(method, teacher, data, held_out, collate, recipe.evaluate, skipped)
 
 
+def pictures_task(recipe: Recipe, method: Method, teacher: VLM | nn.Module | None, pictures: Pictures) -> Task:
+    """Pictures and their classes, each model shown them as it was trained to see them."""
+    if isinstance(teacher, VLM):
+        raise BadInput(
+            f"the student classifies pictures and the teacher is a vision-language model ({type(teacher.model).__name__})"
+        )
+    names = recipe.evaluate if "evaluate" in recipe.model_fields_set else protocols.default_for(method)
+    return Task(
+        method,
+        teacher,
+        dict(pictures.data),
+        dict(pictures.held_out),
+        pictures.collate,
+        names,
+        pictures.skipped,
+        pictures.reference,
+    )
+
+
 def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs: Mapping[str, DataSpec]) -> Task:
     """Datasets of (image, label) pairs, from a function that the recipe names: ``{source: python, name: "pkg.mod:function"}``."""
 
@@ -215,11 +265,15 @@ def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs:
     return Task(method, teacher, data, held_out, collate_pairs, names)
 
 
-def load_model(spec: ModelSpec, seed: int) -> VLM | nn.Module:
-    """The model of a spec; random weights are drawn from ``seed``."""
+def load_model(spec: ModelSpec, seed: int, classes: Sequence[str] | None = None) -> VLM | nn.Module:
+    """The model of a spec; random weights are drawn from ``seed``. classes: of the data, for a classifier that does not say its own."""
     values = spec.model_dump(exclude_defaults=True, exclude={"weights"})
     torch.manual_seed(seed)
+    if classes is not None and spec.classes is None and kind_of(values) == "classifier":
+        values["classes"] = list(classes) if spec.source == "open_clip" else len(classes)
     model = load({**values, "seed": seed} if spec.source == "tiny" else values)
+    if isinstance(model, Classifier) and classes is not None and not model.classes:
+        model.classes = tuple(classes)
     if spec.weights is not None:
         bare = bare_module(model)
         try:
@@ -239,10 +293,21 @@ def trainable(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"dtype": spec.dtype or "float32"}) if spec.source == "transformers" else spec
 
 
-def load_teacher(spec: ModelSpec) -> VLM | nn.Module:
-    """The teacher of a spec. ``source: recipe`` trains it by that recipe, once, into the cache."""
+def recipe_teacher(recipe: Recipe) -> VLM | nn.Module | None:
+    """The teacher of a recipe, loaded; None where it has none, or a cache stands for it."""
+    if recipe.teacher is None or recipe.cache is not None:
+        return None
+    named_by_data = recipe.teacher.weights is not None or recipe.teacher.source in ("open_clip", "tiny")
+    classes = Pictures.of(data_specs(recipe)).classes if named_by_data and classifies(recipe) else None
+    return load_teacher(recipe.teacher, classes)
+
+
+def load_teacher(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM | nn.Module:
+    """The teacher of a spec. ``source: recipe`` trains it by that recipe, once, into the cache. One with weights of its own library keeps
+    its own classes; one that reads its classes' names, or has weights of the user's, gets those of the data."""
     if spec.source != "recipe":
-        return load_model(spec, seed=0)
+        fits = spec.weights is not None or spec.source in ("open_clip", "tiny")
+        return load_model(spec, seed=0, classes=classes if fits else None)
     from limbeck.engine.run import trained_once
 
     return trained_once(spec.name, [f"--{key}={value}" for key, value in spec.options.items()])

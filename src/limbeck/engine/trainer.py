@@ -30,10 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from limbeck.engine.batches import (
+    EVALUATION_BATCH,
     StepSampler,
     check_trainable,
     check_workers,
     collate_pairs,
+    evaluation_loader,
     loaded,
     sample_lengths,
     training_loader,
@@ -96,7 +98,8 @@ class Trainer:
     """Trains one method into one run folder.
 
     data: a map-style dataset, or a mapping from stage name to one. evaluate: called with the method in eval mode (and the accelerator),
-    returns metrics on *validation* data; it chooses the checkpoint that becomes the student. out: the run folder.
+    returns metrics on *validation* data; it chooses the checkpoint that becomes the student. reference: the training data unaugmented, for a
+    method that surveys it; default the data of the first stage. out: the run folder.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Trainer:
         *,
         collate: Callable[[list[Any]], Batch] = collate_pairs,
         evaluate: Evaluate | None = None,
+        reference: Any = None,
         quiet: bool = False,
     ) -> None:
         forget_accelerator()
@@ -119,7 +123,7 @@ class Trainer:
         )
         check_launch(self.accelerator, config)
         self.method, self.config, self.out = method, config, Path(out)
-        self.collate, self.evaluate = collate, evaluate
+        self.collate, self.evaluate, self.reference = collate, evaluate, reference
         self.checkpoints = Checkpoints(self.out / "checkpoints")
         self.progress = Progress(quiet=quiet or not self.accelerator.is_main_process)
         self.workers = worker_count(config.workers, self.accelerator.device)
@@ -171,15 +175,28 @@ class Trainer:
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
         first = self.plan[0]
+        introduce(self.method, first.dataset)
+        self.method.total_steps = self.total_steps
+        self.method.steps_per_epoch = len(first.dataset) // first.batch_size
         batch = send_to_device(typical_batch(first.dataset, self.collate), device)
         with torch.no_grad(), self.accelerator.autocast():
             self.method.eval()
             self.method.prepare(batch)
         self.method.to(device)
+        self._survey(first.dataset if self.reference is None else self.reference)
         self._rehearse(batch)
         if self.config.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
             self.ema = torch.optim.swa_utils.AveragedModel(self.method.student, multi_avg_fn=average, use_buffers=True)
+
+    def _survey(self, dataset: Any) -> None:
+        """Show a method that asks for it the whole training data."""
+        if type(self.method).survey is Method.survey:
+            return
+        loader = evaluation_loader(dataset, self.collate, EVALUATION_BATCH)
+        with torch.no_grad(), self.accelerator.autocast():
+            self.method.survey(send_to_device(batch, self.accelerator.device) for batch in loader)
+        self.method.to(self.accelerator.device)
 
     def _rehearse(self, batch: Batch) -> None:
         """Enter every stage that trains a part, and ask it for its losses once: what it cannot train is refused here."""
@@ -244,6 +261,7 @@ class Trainer:
         while self.position.in_stage < stage.steps:
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * schedule(config, self.position.in_stage, stage.steps)
+            self.method.steps_done = self.position.step
             batch, terms = self._step(model, optimizer, [next(batches) for _ in range(pieces)])
             self.position.in_stage += 1
             self.position.step += 1
@@ -593,6 +611,11 @@ def match_stages(own: Sequence[Stage], given: Sequence[StageConfig]) -> list[tup
         trainable = config.trainable if config.trainable != ("*",) else base.trainable
         matched.append((replace(base, trainable=trainable, weights={**base.weights, **config.weights}), config))
     return matched
+
+
+def introduce(method: Method, dataset: Any) -> None:
+    """Tell a method of the training data what memories need: how many samples there are and, where the data says it, their labels."""
+    method.train_size, method.train_labels = len(dataset), getattr(dataset, "labels", None)
 
 
 def stage_steps(config: TrainConfig, given: StageConfig, per_epoch: int) -> int:

@@ -1,12 +1,13 @@
 """What is measured on a trained student: protocols over batches, by name.
 
-A protocol sees every batch once and returns named numbers; means are kept by torchmetrics, which sums over processes.
+A protocol sees every batch once and returns named numbers over all processes. Those of vision-language models are here, those of image
+classifiers in `limbeck.evaluate.recognition`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,54 +15,10 @@ from torch import Tensor
 
 from limbeck.batch import Batch, answer_spans, supervised, teacher_side
 from limbeck.errors import BadInput
-from limbeck.models.loading import ensure_torchvision
+from limbeck.evaluate.measure import Means, Measure, required
+from limbeck.evaluate.recognition import KNN, Agreement, Classification, Corruptions, LinearProbe, Retrieval
 from limbeck.models.vlm import VLM, Visual
 from limbeck.naming import nearest
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
-
-
-class Measure(Protocol):
-    """One protocol while it runs."""
-
-    def update(self, batch: Batch) -> None:
-        """Look at a batch."""
-
-    def compute(self) -> dict[str, float]:
-        """The metrics, over all processes."""
-
-
-class Means:
-    """Means by name, on the device where they are fed, synchronised over processes."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, Metric] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """values: any shape; each entry counts once."""
-        if name not in self.metrics:
-            self.metrics[name] = mean_metric(values.device)
-        self.metrics[name].update(values.float())
-
-    def compute(self) -> dict[str, float]:
-        names = sorted(self.metrics)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, names)
-            names = sorted({name for part in gathered for name in part})
-            device = next(iter(self.metrics.values())).device if self.metrics else "cpu"
-            for name in names:
-                self.metrics.setdefault(name, mean_metric(device))
-        return {name: self.metrics[name].compute().item() for name in names}
-
-
-def mean_metric(device: torch.device | str) -> Metric:
-    """torchmetrics' mean; it imports torchvision, which must be made importable first."""
-    ensure_torchvision()
-    from torchmetrics import MeanMetric
-
-    return MeanMetric().to(device)
 
 
 def exact_match(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +55,7 @@ class SwitchRoute:
     needs_teacher = True
 
     def __init__(self, method: Any, teacher: VLM | None) -> None:
-        self.teacher = required(teacher, "switch-route")
+        self.teacher: VLM = required(teacher, "switch-route")
         self.student, self.switched, self.means = method.view, switch_of(method), Means()
         if getattr(method, "bridge", None) is None and self.student.visual_widths != self.teacher.visual_widths:
             raise BadInput(
@@ -136,26 +93,16 @@ class TeacherAgreement:
         return self.means.compute()
 
 
-class Classification:
-    """``accuracy``: top-1 of the student's logits against ``labels``."""
-
-    def __init__(self, method: Any, teacher: Any) -> None:
-        self.student, self.means = method.deployable(), Means()
-
-    def update(self, batch: Batch) -> None:
-        output = self.student(batch["pixel_values"])
-        logits = getattr(output, "logits", output)
-        self.means.add("accuracy", logits.argmax(-1) == batch["labels"])
-
-    def compute(self) -> dict[str, float]:
-        return self.means.compute()
-
-
 PROTOCOLS: dict[str, Callable[[Any, Any], Measure]] = {
     "vqa-accuracy": VQAAccuracy,
     "switch-route": SwitchRoute,
     "teacher-agreement": TeacherAgreement,
     "classification": Classification,
+    "agreement": Agreement,
+    "linear-probe": LinearProbe,
+    "knn": KNN,
+    "retrieval": Retrieval,
+    "corruptions": Corruptions,
 }
 
 
@@ -171,16 +118,14 @@ def needs_teacher(name: str) -> bool:
     return getattr(find(name), "needs_teacher", False)
 
 
+def needs_reference(name: str) -> bool:
+    """Whether the protocol of that name learns from training data (its class says ``needs_reference = True``)."""
+    return getattr(find(name), "needs_reference", False)
+
+
 def default_for(method: Any) -> tuple[str, ...]:
     """What is measured where nothing is asked for."""
     return ("vqa-accuracy",) if isinstance(getattr(method, "view", None), VLM) else ("classification",)
-
-
-def required(teacher: VLM | None, protocol: str) -> VLM:
-    """The teacher; `BadInput` where there is none."""
-    if teacher is None:
-        raise BadInput(f"evaluate: {protocol} needs a teacher: add `teacher:` to the recipe")
-    return teacher
 
 
 def switch_of(method: Any) -> Callable[[Visual], Visual]:
@@ -203,13 +148,30 @@ def add_accuracy(means: Means, name: str, logits: Tensor, labels: Tensor, batch:
 
 @torch.no_grad()
 def evaluate(
-    names: Sequence[str], batches: Iterable[Batch], method: Any, teacher: Any = None, *, device: torch.device | str = "cpu"
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    method: Any,
+    teacher: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+    reference: Callable[[], Iterable[Batch]] | None = None,
 ) -> dict[str, float]:
     """Run protocols over batches.
 
     method: a `Method`, in eval mode. teacher: what the protocols compare with, also for a method that trained without one.
+    reference: gives the batches of the training data, unaugmented and all of them in every process, each time that it is called.
+    Raises `BadInput` for an unknown protocol, and where one needs a teacher or a reference and there is none.
     """
     measures = [find(name)(method, teacher) for name in names]
+    learners: list[Any] = [measure for name, measure in zip(names, measures, strict=True) if needs_reference(name)]
+    if learners and reference is None:
+        needing = ", ".join(filter(needs_reference, names))
+        raise BadInput(
+            f"evaluate: {needing} learns from training data, and there is none here: pass `reference`, or leave it out"
+        )
+    for learner in learners:
+        assert reference is not None
+        learner.refer(send_to_device(batch, device) for batch in reference())
     for batch in batches:
         batch = send_to_device(batch, device)
         for measure in measures:

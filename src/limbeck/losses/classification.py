@@ -48,7 +48,7 @@ def dkd_parts(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of `kd` (arXiv 2203.08679, eq. 5-6), each times T^2: TCKD and NCKD.
+    """The two parts of `kd` (arXiv 2203.08679), each times T^2: TCKD and NCKD.
 
     TCKD is the KL of (p_y, 1 - p_y), label or not; NCKD the KL of the distribution over the other classes, given that it is one of
     them. For each sample kd = TCKD + (1 - p_y) NCKD with the teacher's p_y. With two classes NCKD is 0.
@@ -77,7 +77,7 @@ def dkd_parts(
 
 
 def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> Tensor:
-    """Knowledge distillation from a stronger teacher (DIST, arXiv 2205.10536, eq. 10): beta inter + gamma intra, see `dist_parts`.
+    """Knowledge distillation from a stronger teacher (DIST, arXiv 2205.10536): beta inter + gamma intra, see `dist_parts`.
 
     tau: 1 on ImageNet, 4 on CIFAR-100. Other arguments, result and errors as `dist_parts`.
     """
@@ -86,7 +86,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 1.0, g
 
 
 def dist_parts(student_logits: Tensor, teacher_logits: Tensor, *, tau: float = 1.0) -> tuple[Tensor, Tensor]:
-    """One minus the mean Pearson correlation of the probabilities softmax(z / tau), times tau^2 (arXiv 2205.10536, eq. 8-9).
+    """One minus the mean Pearson correlation of the probabilities softmax(z / tau), times tau^2 (arXiv 2205.10536).
 
     inter correlates the classes within each sample, intra the samples of the batch within each class, so that no sample can be left
     out without changing the others. A row or column without spread has correlation 0: over a single sample intra is tau^2, without
@@ -111,7 +111,7 @@ def dist_parts(student_logits: Tensor, teacher_logits: Tensor, *, tau: float = 1
 
 
 def standardise(logits: Tensor) -> Tensor:
-    """(z - mean) / (std + 1e-7) over the classes, with the unbiased std (arXiv 2403.01427, alg. 1); gradient flows through both.
+    """(z - mean) / (std + 1e-7) over the classes, with the unbiased std (arXiv 2403.01427); gradient flows through both.
 
     logits: [..., C], C >= 2, any float dtype; the result is float32 (float64 where given). Equal logits become 0, with a gradient
     that is finite but 1e7 times the incoming one: start the student's head from random weights rather than zeros.
@@ -120,7 +120,9 @@ def standardise(logits: Tensor) -> Tensor:
     if logits.shape[-1] < 2:
         raise ValueError(f"logits {list(logits.shape)} have {logits.shape[-1]} classes; expected 2 or more to standardise over")
     logits = upcast(logits)
-    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + STANDARD_EPS)
+    centred = logits - logits.mean(-1, keepdim=True)
+    std = centred.norm(dim=-1, keepdim=True) / math.sqrt(logits.shape[-1] - 1)
+    return centred / (std + STANDARD_EPS)
 
 
 def logit_standardised_kd(
@@ -161,7 +163,7 @@ def takd(
 
 
 def dml(student_logits: Tensor, peer_logits: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
-    """Deep mutual learning (arXiv 1706.00384, eq. 3), one direction: KL(p_peer || p_student) at temperature 1.
+    """Deep mutual learning (arXiv 1706.00384), one direction: KL(p_peer || p_student) at temperature 1.
 
     The peer is detached; call once for each ordered pair of networks. As released, the logarithm is
     log(1e-8 + p_peer / (p_student + 1e-8)), so that the gradient vanishes where the student's probability does, and the value is 0
@@ -180,7 +182,7 @@ def dml(student_logits: Tensor, peer_logits: Tensor, *, mask: Tensor | None = No
 
 
 def ensemble(branch_logits: Tensor, gate: Tensor) -> Tensor:
-    """The gated sum of the branches' logits (ONE, arXiv 1806.04606, eq. 5), the on-the-fly teacher. Nothing is detached.
+    """The gated sum of the branches' logits (ONE, arXiv 1806.04606), the on-the-fly teacher. Nothing is detached.
 
     branch_logits: [..., M, C]; gate: [..., M], the weight of each branch, rows summing to 1.
     Returns [..., C], float32 (float64 where given). Raises ValueError on a shape mismatch.
@@ -198,10 +200,10 @@ def one_kd(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """On-the-fly native ensemble (ONE, arXiv 1806.04606, eq. 7): T^2 times the branches' KL from the ensemble, summed over branches.
+    """On-the-fly native ensemble (ONE, arXiv 1806.04606): T^2 times the branches' KL from the ensemble, summed over branches.
 
-    As released, 1e-7 is added to the ensemble's probabilities, so that they sum to a little more than 1. The ensemble is detached: it
-    learns from the labels alone.
+    As released, 1e-7 is added to the ensemble's probabilities, so that they sum to a little more than 1, and no logit may be
+    -inf. The ensemble is detached: it learns from the labels alone.
 
     branch_logits: [..., M, C]; ensemble_logits: [..., C]; any float dtype; the arithmetic is float32 (float64 where given).
     mask: [...] bool, True where a sample counts; an all-False mask gives 0, not NaN.

@@ -154,7 +154,7 @@ def margin_from_batch_norm(gamma: Tensor, beta: Tensor) -> Tensor:
     less often than once in a thousand, the margin is -3 |gamma|.
     gamma, beta: [C]. Returns [C] in their dtype, without a graph.
     """
-    mean, deviation = beta.detach().double(), gamma.detach().double().abs().clamp_min(torch.finfo(torch.float64).tiny)
+    mean, deviation = beta.detach().double(), gamma.detach().double().abs()
     silent = torch.special.ndtr(-mean / deviation)  # P(x < 0)
     density = (-(mean / deviation).square() / 2).exp() / math.sqrt(2 * math.pi)
     return torch.where(silent > 0.001, mean - deviation * density / silent, -3 * deviation).to(beta.dtype)

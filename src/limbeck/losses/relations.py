@@ -46,7 +46,7 @@ def rkd(
 
 
 def rkd_distance(student_features: Tensor, teacher_features: Tensor, *, squared: bool = False) -> Tensor:
-    """Smooth L1 between the Euclidean distances of all pairs, each side in units of its own mean (arXiv 1904.05068, eq. 5-7).
+    """Smooth L1 between the Euclidean distances of all pairs, each side in units of its own mean (arXiv 1904.05068).
 
     Averaged over the B x B pairs, as released: the B zeros of the diagonal count. Distances below 1e-6 count as 1e-6, without
     gradient. squared: compare squared distances.
@@ -57,7 +57,7 @@ def rkd_distance(student_features: Tensor, teacher_features: Tensor, *, squared:
 
 
 def rkd_angle(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Smooth L1 between the cosines of the angles that every two samples span at every third (arXiv 1904.05068, eq. 8-9).
+    """Smooth L1 between the cosines of the angles that every two samples span at every third (arXiv 1904.05068).
 
     Averaged over B x B x B triples, as released: those with a sample twice count. The cosine at a sample that coincides with another
     is 0, without gradient. B^3 cosines; beyond 256 samples they are computed in parts, and again in the backward pass.
@@ -77,7 +77,7 @@ def rkd_angle(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def sp(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Similarity-preserving distillation (arXiv 1907.09682, eq. 1-4): mean squared difference of the Gram matrices, rows of norm 1.
+    """Similarity-preserving distillation (arXiv 1907.09682): mean squared difference of the Gram matrices, rows of norm 1.
 
     Blind to rotating and scaling the features, not to translating them. A sample whose features are all 0 is like no other.
     """

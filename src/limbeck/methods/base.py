@@ -54,6 +54,14 @@ class Method(nn.Module):
     teacher: FrozenTeacher | None = None
     weights: dict[str, float]
 
+    # Set by the engine; None: not known yet. For schedules: optimiser steps taken so far, of the whole run, and of an epoch.
+    steps_done: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    # For memories: number of training samples, and their labels [n].
+    train_size: int | None = None
+    train_labels: Tensor | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.weights = {}

@@ -7,16 +7,26 @@ head are is found by one dry forward, not by a table of architectures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from limbeck import taps
 from limbeck.errors import BadInput
+
+VIEW_FILE = "limbeck.json"
+WEIGHTS_FILE = "model.safetensors"
+
+POOLING = (nn.AdaptiveAvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 
 
 class Seen(NamedTuple):
@@ -33,9 +43,9 @@ class Seen(NamedTuple):
 class Anatomy(NamedTuple):
     """Where things are in a model, by submodule name.
 
-    features: gives the last map or tokens. head: the linear layer (or 1x1 convolution) that gives the logits. stages: the last submodule at
-    each resolution of a CNN, or the blocks at each quarter of a transformer's depth: the usual points to tap.
-    channels_last: whether maps are [B, H, W, C], as in Swin.
+    features: gives the last map or tokens; the head itself where nothing runs before it. head: the linear layer (or 1x1 convolution) that
+    gives the logits. stages: the last submodule at each resolution of a CNN, or the blocks at each quarter of a transformer's depth: the
+    usual points to tap. Submodules that return tuples are not named. channels_last: whether the features are [B, H, W, C], as in Swin.
     """
 
     features: str
@@ -49,7 +59,8 @@ class Classifier(nn.Module):
 
     model: called with [B, C, H, W]; returns logits [B, K], or an object with ``logits``. mean, std: what it normalises by, a value a
     channel; None: nothing. size: pixels a side that it is shown; None: whatever comes. channels: colour channels that it takes; a grey
-    picture is repeated for a model that takes 3. classes: names of the outputs, where they are known. spec: how to build it again.
+    picture is repeated for a model that takes more. classes: names of the outputs, where they are known. spec: how to build it again
+    (`limbeck.models.loading.load`). write: puts the model into a folder as its library wants it (`limbeck.models.vision`).
     """
 
     mean: Tensor
@@ -65,10 +76,12 @@ class Classifier(nn.Module):
         channels: int | None = None,
         classes: Sequence[str] = (),
         spec: Mapping[str, Any] | None = None,
+        write: Callable[[Classifier, Path], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.size, self.channels, self.classes, self.spec = size, channels, tuple(classes), dict(spec or {})
+        self.write = write
         self.normalises = mean is not None
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
@@ -80,10 +93,24 @@ class Classifier(nn.Module):
         """The view itself, or one that shows a plain module what comes, unchanged."""
         return model if isinstance(model, Classifier) else cls(model)
 
+    def around(self, model: nn.Module) -> Classifier:
+        """Another model behind this view: shown the same, its outputs named the same."""
+        view = Classifier(model, size=self.size, channels=self.channels, classes=self.classes, spec=self.spec)
+        view.mean, view.std, view.normalises = self.mean, self.std, self.normalises
+        return view
+
     def prepared(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [B, C, H, W] in [0, 1] -> what the model is shown: its size, channels, normalisation and dtype."""
-        if self.channels == 3 and pixel_values.shape[1] == 1:
-            pixel_values = pixel_values.expand(-1, 3, -1, -1)
+        """Pictures [B, C, H, W] in [0, 1] -> what the model is shown: its size, channels, normalisation and dtype.
+
+        Raises `BadInput` for pictures of other channels than its own, unless they are grey.
+        """
+        if self.channels is not None and pixel_values.shape[1] != self.channels:
+            if pixel_values.shape[1] != 1:
+                raise BadInput(
+                    f"{type(self.model).__name__} takes {self.channels} channel(s), the pictures have {pixel_values.shape[1]}: set its "
+                    "`channels`, or make the pictures grey"
+                )
+            pixel_values = pixel_values.expand(-1, self.channels, -1, -1)
         if self.size is not None and pixel_values.shape[-2:] != (self.size, self.size):
             pixel_values = F.interpolate(pixel_values, (self.size, self.size), mode="bilinear", antialias=True)
         if self.normalises:
@@ -101,13 +128,16 @@ class Classifier(nn.Module):
         Raises `BadInput` where the model has no linear head.
         """
         anatomy = self.anatomy(pixel_values)
-        places = self._places = self._places or taps.Places({"features": anatomy.features, "pooled": (anatomy.head, "input")})
-        with places.open(self.model) as seen:
+        if self._places is None:
+            headless = anatomy.features == anatomy.head
+            at: tuple[str, taps.Where] = (anatomy.features, "input" if headless else "output")
+            self._places = taps.Places({"features": at, "pooled": (anatomy.head, "input")})
+        with self._places.open(self.model) as seen:
             logits = self(pixel_values)
-        features = seen["features"]
+        features, pooled = seen["features"], seen["pooled"]
         if anatomy.channels_last:
             features = features.permute(0, 3, 1, 2)
-        return Seen(features, seen["pooled"].flatten(1), logits)
+        return Seen(features, pooled.mean((2, 3)) if pooled.dim() == 4 else pooled.flatten(1), logits)
 
     def anatomy(self, pixel_values: Tensor | None = None) -> Anatomy:
         """Where features, head and usual points are; pixel_values: what to find it with, the first time."""
@@ -134,13 +164,33 @@ class Classifier(nn.Module):
         setattr(self.model.get_submodule(parent), name, head)
 
     def new_head(self, outputs: int) -> None:
-        """A fresh head with that many outputs, on the old one's device and in its dtype."""
+        """A fresh head with that many outputs, on the old one's device and in its dtype; names of classes are forgotten."""
         old: Any = self.head
         like = {"device": old.weight.device, "dtype": old.weight.dtype}
         if isinstance(old, nn.Linear):
             self.replace_head(nn.Linear(old.in_features, outputs, bias=old.bias is not None, **like))
         else:
             self.replace_head(nn.Conv2d(old.in_channels, outputs, kernel_size=1, bias=old.bias is not None, **like))
+        self.classes, self.spec["classes"] = (), outputs
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors``, what the model's own library needs beside it to load the folder, and ``limbeck.json`` with what
+        `limbeck.models.vision.load_classifier` needs."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.write is None:
+            save_model(self.model, str(folder / WEIGHTS_FILE))
+        else:
+            self.write(self, folder)
+        record = {
+            "spec": self.spec,
+            "mean": self.mean.flatten().tolist() if self.normalises else None,
+            "std": self.std.flatten().tolist() if self.normalises else None,
+            "size": self.size,
+            "channels": self.channels,
+            "classes": self.classes,
+        }
+        (folder / VIEW_FILE).write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
 
     def extra_repr(self) -> str:
         return f"size={self.size}, normalises={self.normalises}"
@@ -158,11 +208,20 @@ def logits_of(output: Any) -> Tensor:
 
 @dataclass
 class _Call:
-    """One submodule's part in a dry forward."""
+    """One submodule's part in a dry forward. version: torch's count of what was written into the output in place, by then."""
 
     name: str
     module: nn.Module
     output: Tensor
+    version: int
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def depth(self) -> int:
+        return self.name.count(".")
 
 
 def anatomy(model: nn.Module, shown: Tensor) -> Anatomy:
@@ -170,84 +229,133 @@ def anatomy(model: nn.Module, shown: Tensor) -> Anatomy:
 
     Raises `BadInput` where its logits are not the output of a linear layer or a 1x1 convolution.
     """
-    calls: list[_Call] = []
+    calls, logits = _dry_forward(model, shown)
+    at = next((i for i in reversed(range(len(calls))) if _gives(calls[i], logits)), None)
+    if at is None:
+        raise BadInput(
+            f"{type(model).__name__}: its logits {list(logits.shape)} are not what one linear layer returns, so that its head cannot be "
+            "found; let the last layer be an nn.Linear"
+        )
+    head = calls[at].name
+    times = Counter(call.name for call in calls)
+    before = [call for call in calls[:at] if times[call.name] == 1 and call.output.dim() > 1 and len(call.output) == len(logits)]
+    maps = [call for call in before if call.output.dim() in (3, 4) and not isinstance(call.module, POOLING)]
+    aspect = shown.shape[3] / shown.shape[2]
+    stages = _stages(maps, aspect)
+    last = _last_map(before, maps, stages, aspect)
+    if last is None:
+        return Anatomy(before[-1].name if before else head, head, ())
+    channels_last = last.output.dim() == 4 and _channels_last(last.output, aspect)
+    return Anatomy(last.name, head, tuple(call.name for call in stages), channels_last)
 
-    def note(name: str) -> Any:
+
+def _dry_forward(model: nn.Module, shown: Tensor) -> tuple[list[_Call], Tensor]:
+    """Submodules that return a tensor, in the order in which they finish, without those that return it as they got it; and the logits."""
+    calls: list[_Call] = []
+    latest: dict[int, _Call] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                calls.append(_Call(name, module, output))
+            if not isinstance(output, Tensor):
+                return
+            same = latest.get(id(output))
+            passed_on = same is not None and same.version == output._version and not same.name.startswith(f"{name}.")
+            if not passed_on:
+                latest[id(output)] = _Call(name, module, output, output._version)
+                calls.append(latest[id(output)])
 
         return keep
 
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         with taps.undisturbed(model, shown.device):
-            logits = logits_of(model(shown))
+            return calls, logits_of(model(shown))
     finally:
         for handle in handles:
             handle.remove()
-    flat = logits.flatten(1)
-    at = next((i for i in reversed(range(len(calls))) if _gives(calls[i], flat)), None)
-    if at is None:
-        raise BadInput(
-            f"{type(model).__name__}: its logits {list(logits.shape)} are not what a linear layer returns, so that its head cannot be "
-            "found; let the last layer be an nn.Linear"
-        )
-    head, before = calls[at], _outermost(calls[:at])
-    before = [call for call in before if len(call.output) == len(logits)]
-    spatial = [call for call in before if call.output.dim() in (3, 4) and _positions(call.output) > 1]
-    spatial = spatial or [call for call in before if call.output.dim() == 4]
-    if not spatial:
-        return Anatomy(before[-1].name if before else head.name, head.name, ())
-    last = spatial[-1]
-    layer: Any = head.module
-    width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    shape = last.output.shape
-    channels_last = len(shape) == 4 and shape[-1] == width and shape[1] != width
-    return Anatomy(last.name, head.name, _stages(spatial, shown.shape[3] / shown.shape[2], channels_last), channels_last)
 
 
 def _gives(call: _Call, logits: Tensor) -> bool:
+    """Whether a call is that of the head; SqueezeNet's is a convolution whose map is averaged."""
     pointwise = isinstance(call.module, nn.Conv2d) and call.module.kernel_size == (1, 1)
-    if not (pointwise or isinstance(call.module, nn.Linear)):
+    output = call.output
+    if not (pointwise or isinstance(call.module, nn.Linear)) or output.shape[:2] != logits.shape[:2]:
         return False
-    return call.output.flatten(1).shape == logits.shape and torch.equal(call.output.flatten(1), logits)
+    if output.numel() == logits.numel():
+        return torch.equal(output.flatten(), logits.flatten().to(output.dtype))
+    if not pointwise or logits.numel() != output.shape[:2].numel():
+        return False
+    return any(torch.allclose(each.mean((2, 3)).flatten(), logits.flatten().to(each.dtype)) for each in (output, output.relu()))
 
 
-def _positions(output: Tensor) -> int:
-    return output.shape[1] if output.dim() == 3 else output.shape[2] * output.shape[3]
+def _last_map(before: Sequence[_Call], maps: Sequence[_Call], stages: Sequence[_Call], aspect: float) -> _Call | None:
+    """The last map or tokens before they are pooled. What is inside a module that returns no map belongs to the pooling."""
+    flat = [f"{call.name}." for call in before if call.output.dim() == 2 or _positions(call.output, aspect) == 1]
+    spatial = [call for call in maps if _positions(call.output, aspect) > 1]
+    spatial = [call for call in spatial if not call.name.startswith(tuple(flat))] or spatial
+    order = [id(call) for call in before]
+    if stages and _positions(stages[-1].output, aspect) == 1:  # a picture so small that the last stage is one position
+        spatial = [call for call in spatial if order.index(id(call)) > order.index(id(stages[-1]))] or [stages[-1]]
+    return spatial[-1] if spatial else None
 
 
-def _outermost(calls: Sequence[_Call]) -> list[_Call]:
-    """Of submodules that return one and the same tensor, the one that finishes last."""
-    kept: dict[int, _Call] = {}
-    for call in calls:
-        kept.pop(id(call.output), None)
-        kept[id(call.output)] = call
-    return list(kept.values())
+def _stages(maps: Sequence[_Call], aspect: float) -> list[_Call]:
+    """The last block at each resolution; where there are few, at each quarter of the number of equal blocks.
 
-
-def _stages(spatial: Sequence[_Call], aspect: float, channels_last: bool) -> tuple[str, ...]:
-    """The last block at each resolution; where there is one resolution only, at each quarter of the blocks' number.
-
-    aspect: width over height of the picture.
+    They are siblings; those of several resolutions hold most of the parameters that maps go through, unlike a stem. aspect: width over
+    height of the picture.
     """
-    by_size: dict[tuple[int, int], list[_Call]] = {}
-    for call in spatial:
-        if call.output.dim() == 4 and spatial[-1].output.dim() == 4:
-            height, width = call.output.shape[1:3] if channels_last else call.output.shape[2:]
-            if 0.5 < height / width * aspect < 2:  # else no map of the picture: attention, or channels among the sides
-                by_size.setdefault((height, width), []).append(call)
-    blocks = [call.name for call in spatial if call.output.dim() == 3 and call.name.rpartition(".")[2].isdigit()]
-    depth = min((name.count(".") for name in blocks), default=0)
-    blocks = [name for name in blocks if name.count(".") == depth]
-    if len(by_size) < 2 <= len(blocks):
-        return tuple(dict.fromkeys(blocks[max(0, round(len(blocks) * quarter / 4) - 1)] for quarter in range(1, 5)))
-    return tuple(_last_block(calls) for calls in by_size.values())
+    wide = [call for call in maps if _positions(call.output, aspect) > 1]
+    own = {call.name: sum(p.numel() for p in call.module.parameters(recurse=False)) for call in wide}
+
+    def most(parent: str) -> bool:
+        return 2 * sum(n for name, n in own.items() if not parent or name.startswith(f"{parent}.")) >= sum(own.values())
+
+    siblings: dict[str, list[_Call]] = {}
+    equal: dict[tuple[Any, ...], list[_Call]] = {}
+    for call in maps:
+        siblings.setdefault(call.parent, []).append(call)
+        if _holds_layers(call.module):
+            equal.setdefault((call.parent, type(call.module), call.output.shape), []).append(call)
+    by_resolution = _longest(_falling(calls, aspect) for parent, calls in siblings.items() if most(parent))
+    blocks = _longest(equal.values())
+    if len(by_resolution) > 2 or len(blocks) < 2:
+        return by_resolution
+    quarters = [blocks[max(0, round(len(blocks) * quarter / 4) - 1)] for quarter in range(1, 5)]
+    return list({call.name: call for call in quarters}.values())
 
 
-def _last_block(calls: Sequence[_Call]) -> str:
-    """Of submodules that run one after another, the last of those that are nested least and hold layers; else the last."""
-    holders = [call for call in calls if any(next(child.parameters(), None) is not None for child in call.module.children())]
-    depth = min((call.name.count(".") for call in holders), default=0)
-    return [call.name for call in holders if call.name.count(".") == depth][-1] if holders else calls[-1].name
+def _longest(lists: Iterable[list[_Call]]) -> list[_Call]:
+    """Of several lists of siblings the longest; of equally long ones that which is nested least."""
+    return max(lists, key=lambda calls: (len(calls), -calls[0].depth), default=[])
+
+
+def _falling(siblings: Sequence[_Call], aspect: float) -> list[_Call]:
+    """Of modules that run one after another the last at each resolution, preferably one that holds layers."""
+    steps: list[list[_Call]] = []
+    finest = 0
+    for call in siblings:
+        positions = _positions(call.output, aspect)
+        if not steps or 1.5 * positions <= finest:
+            steps.append([])
+            finest = positions
+        if 1.5 * positions > finest >= positions / 1.5:
+            steps[-1].append(call)
+    return [([call for call in step if _holds_layers(call.module)] or step)[-1] for step in steps]
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(next(child.parameters(), None) is not None for child in module.children())
+
+
+def _positions(output: Tensor, aspect: float) -> int:
+    """Places in a map or tokens in a sequence."""
+    if output.dim() == 3:
+        return output.shape[1]
+    return output.shape[1:3].numel() if _channels_last(output, aspect) else output.shape[2:].numel()
+
+
+def _channels_last(output: Tensor, aspect: float) -> bool:
+    """Whether a map is [B, H, W, C]: which two sizes are shaped more like the picture."""
+    _, first, second, third = output.shape
+    return abs(math.log(second / first / aspect)) < abs(math.log(third / second / aspect))

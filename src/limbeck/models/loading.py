@@ -1,35 +1,62 @@
-"""Load a model from a spec: ``{source: transformers, name: org/model}`` or ``{source: python, name: pkg.mod:factory}``."""
+"""Load a model from a spec: ``{source: transformers, name: org/model}`` or ``{source: python, name: pkg.mod:factory}``.
+
+What is known about image classifiers of other libraries is in `limbeck.models.vision`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from limbeck.errors import BadInput
+from limbeck.models import vision
+from limbeck.models.classifier import Classifier
+from limbeck.models.libraries import as_dtype, ensure_torchvision, one_line, quiet_bars, require
+from limbeck.models.tiny import classifiers
 from limbeck.models.vlm import VLM
 
+__all__ = [
+    "SOURCES",
+    "build_vlm",
+    "ensure_torchvision",
+    "from_python",
+    "from_tiny",
+    "from_transformers",
+    "imported",
+    "kind_of",
+    "load",
+    "load_module",
+    "load_vlm",
+    "quiet_bars",
+    "register_source",
+]
+
 Loader = Callable[..., VLM | nn.Module]
+Kind = Literal["vlm", "classifier", "unknown"]
 
 SOURCES: dict[str, Loader] = {}
 """Source name -> loader. A loader takes the spec's ``name`` first and the spec's other keys as keyword arguments."""
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # a tokenizer alone reads no images
+VISION_SOURCES = {
+    "timm": vision.from_timm,
+    "torchvision": vision.from_torchvision,
+    "open_clip": vision.from_open_clip,
+    "efficientnet-lite": vision.from_efficientnet_lite,
+}
+"""Sources that know image classifiers alone."""
 
-_KEPT_ALIVE: list[torch.library.Library] = []  # an operator schema goes when its Library does
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # a tokenizer alone reads no images
 
 
 def register_source(name: str, load: Loader) -> None:
-    """Make ``source: name`` known to specs; ``load(name, **options)`` returns a `VLM` or a module."""
+    """Make ``source: name`` known to specs; ``load(name, **options)`` returns a `VLM`, a `Classifier` or a module."""
     SOURCES[name] = load
 
 
@@ -47,7 +74,25 @@ def load(spec: Mapping[str, Any]) -> VLM | nn.Module:
     if source not in SOURCES:
         raise BadInput(f"unknown model source {source!r}{_nearest(source, SOURCES)}; known: {', '.join(sorted(SOURCES))}")
     _check_options(source, options)
-    return SOURCES[source](name, **options)
+    loaded = SOURCES[source](name, **options)
+    if isinstance(loaded, Classifier) and not loaded.spec:
+        loaded.spec = {key: value for key, value in spec.items() if key not in ("pretrained", "weights")}
+    return loaded
+
+
+def kind_of(spec: Mapping[str, Any]) -> Kind:
+    """What `load` would return, told without loading weights; "unknown" for what only running it tells (python, recipe).
+
+    Raises `BadInput` where the configuration of a transformers model cannot be read.
+    """
+    source = spec["source"]
+    if source in VISION_SOURCES or vision.is_saved(spec["name"]):
+        return "classifier"
+    if source == "tiny":
+        return "classifier" if spec["name"] in classifiers.NAMES else "vlm"
+    if source == "transformers":
+        return _kind(_config(spec["name"], spec.get("trust_remote_code", False), spec.get("options")))
+    return "unknown"
 
 
 def load_vlm(source: str, name: str, **options: Any) -> VLM:
@@ -75,34 +120,52 @@ def from_transformers(
     trust_remote_code: bool = False,
     random_init: bool = False,
     device: str | torch.device | None = None,
-) -> VLM:
-    """A vision-language model and its processor from the hub or a folder; safetensors only.
+    options: Mapping[str, Any] | None = None,
+    classes: vision.Classes | None = None,
+    prompts: Sequence[str] = vision.PROMPTS,
+    size: int | None = None,
+) -> VLM | Classifier:
+    """A vision-language model and its processor, or an image classifier, from the hub or a folder; safetensors only.
 
-    name: ``org/model``, or a folder with a ``config.json``. A folder without processor files gives a `VLM` without processor.
-    dtype: e.g. "bfloat16"; None keeps that of the checkpoint. trust_remote_code: run code that comes with the model.
-    random_init: fresh weights of the model's configuration; nothing but the configuration is read.
-    Raises `BadInput` for a folder that is missing or holds only pickled weights, and for what is no vision-language model.
+    name: ``org/model``, or a folder with a ``config.json``. A folder without processor files gives a `VLM` without processor, or a
+    `Classifier` that normalises nothing. dtype: e.g. "bfloat16"; None keeps that of the checkpoint. trust_remote_code: run code that
+    comes with the model. random_init: fresh weights of the model's configuration; nothing but the configuration is read.
+    options: fields of the configuration to change. Of image classifiers: classes: outputs, or their names; another number than the
+    model's gives a fresh head, and CLIP and its like make their head of the names and prompts. size: pixels a side that it is shown.
+    Raises `BadInput` for a folder that is missing or holds only pickled weights, and for what is no such model.
     """
-    _require_transformers()
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
+    config = _config(name, trust_remote_code, options)
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if local:
         name = str(folder)
         _check_folder(folder, weights=not random_init)
-    elif folder.is_absolute() or name.startswith(("~", "./", "../")):
-        raise BadInput(f"there is no folder {name}: give a folder with a config.json, or a hub name such as org/model")
-    with _one_line(name), quiet_bars(local):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        _check_kind(config, name)
+    if _kind(config) == "classifier":
+        with one_line(name), quiet_bars(local):
+            return vision.from_transformers_config(
+                name,
+                config,
+                classes=classes,
+                prompts=prompts,
+                size=size,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                random_init=random_init,
+                device=device,
+            )
+    _check_kind(config, name)
+    if classes is not None or size is not None:
+        raise BadInput(f"{name} is a vision-language model: it takes no `classes` and no `size`")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    with one_line(name), quiet_bars(local):
         if random_init:
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code, dtype=_dtype(dtype))
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code, dtype=as_dtype(dtype))
         else:
             model = AutoModelForImageTextToText.from_pretrained(
                 name,
                 config=config,
-                dtype=_dtype(dtype) or "auto",
+                dtype=as_dtype(dtype) or "auto",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
             )
@@ -130,7 +193,7 @@ def from_python(
     if not isinstance(made, VLM | nn.Module):
         raise BadInput(f"{name} returned a {type(made).__name__}: return a VLM, a (model, processor) pair or a module")
     module = made.model if isinstance(made, VLM) else made
-    module.to(device=device, dtype=_dtype(dtype))
+    module.to(device=device, dtype=as_dtype(dtype))
     return made
 
 
@@ -149,11 +212,33 @@ def imported(name: str) -> Any:
         raise BadInput(f"{module_name} has no {factory_name!r}{_nearest(factory_name, functions)}") from error
 
 
-def from_tiny(name: str, *, options: Mapping[str, int] | None = None, seed: int = 0) -> VLM:
-    """One of Limbeck's own small models, freshly initialised (`limbeck.models.tiny`). options: its sizes."""
+def from_tiny(
+    name: str, *, classes: vision.Classes | None = None, options: Mapping[str, Any] | None = None, seed: int = 0
+) -> VLM | Classifier:
+    """One of Limbeck's own small models, freshly initialised (`limbeck.models.tiny`). options: its sizes.
+
+    name: also a folder that a classifier was saved into. classes: outputs of a classifier (``cnn``, ``mlp``), or their names.
+    """
+    if vision.is_saved(name):
+        return vision.reopened(name, "tiny", classes)
+    if name in classifiers.NAMES:
+        if classes is None:
+            raise BadInput(f"tiny {name!r} needs `classes`: how many outputs, or their names")
+        for key in options or {}:
+            if key not in classifiers.OPTIONS:
+                raise BadInput(
+                    f"tiny {name!r} has no option {key!r}{_nearest(key, classifiers.OPTIONS)}; known: {', '.join(classifiers.OPTIONS)}"
+                )
+        view = classifiers.build(name, classes if isinstance(classes, int) else len(classes), seed, **(options or {}))
+        view.classes = () if isinstance(classes, int) else tuple(classes)
+        return view
     _require_transformers()
     from limbeck.models.tiny import digit_vlm
 
+    if classes is not None:
+        raise BadInput(
+            f"tiny {name!r} is a vision-language model: it takes no `classes`; classifiers are {', '.join(classifiers.NAMES)}"
+        )
     return VLM(*digit_vlm.build(name, seed, **(options or {})))
 
 
@@ -166,7 +251,7 @@ def build_vlm(config: Mapping[str, Any] | str | Path, *, device: str | torch.dev
     _require_transformers()
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with _one_line(str(config)):
+    with one_line(str(config)):
         if isinstance(config, Mapping):
             if "model_type" not in config:
                 raise BadInput(f"a configuration needs `model_type`, given: {', '.join(config)}")
@@ -178,52 +263,45 @@ def build_vlm(config: Mapping[str, Any] | str | Path, *, device: str | torch.dev
             return VLM(AutoModelForImageTextToText.from_config(resolved))
 
 
-@contextmanager
-def quiet_bars(quiet: bool = True) -> Iterator[None]:
-    """Keep transformers' own progress bars off while reading and writing local folders: a run shows one bar, its own."""
-    from transformers.utils import logging
-
-    shown = quiet and logging.is_progress_bar_enabled()
-    if shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def ensure_torchvision() -> None:
-    """Make ``import torchvision`` work beside a torch that its compiled library cannot be loaded into (e.g. a CPU torch).
-
-    torchvision refuses to be imported without its operators ``nms`` and ``qnms``. Where its library cannot be loaded their
-    schemas are declared here; transforms and models then work, and only a call of a compiled operator fails. Call it before the
-    first import of torchvision, timm or a transformers model; where torchvision is imported or not installed, it does nothing.
-    """
-    spec = None if "torchvision" in sys.modules or _KEPT_ALIVE else importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return
-    try:
-        for library in Path(spec.origin).parent.glob("_C.*"):
-            torch.ops.load_library(library)
-            return
-    except OSError:
-        pass
-    schemas = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT_ALIVE.append(schemas)
-
-
 register_source("transformers", from_transformers)
 register_source("python", from_python)
 register_source("tiny", from_tiny)
+for _source, _load in VISION_SOURCES.items():
+    register_source(_source, _load)
 
 
 def _require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise BadInput("transformers is not installed: pip install 'limbeck[vlm]'")
-    ensure_torchvision()
+    require("transformers", "'limbeck[vlm]'")
+
+
+def _config(name: str, trust_remote_code: bool, options: Mapping[str, Any] | None) -> Any:
+    """The configuration of a folder or hub name, with some fields changed."""
+    _require_transformers()
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, weights=False)
+    elif folder.is_absolute() or name.startswith(("~", "./", "../")):
+        raise BadInput(f"there is no folder {name}: give a folder with a config.json, or a hub name such as org/model")
+    with one_line(name):
+        where = str(folder) if folder.is_dir() else name
+        config, unknown = AutoConfig.from_pretrained(
+            where, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **(options or {})
+        )
+    for key in unknown:
+        raise BadInput(f"options: a {config.model_type} configuration has no {key!r}{_nearest(key, vars(config))}")
+    return config
+
+
+def _kind(config: Any) -> Kind:
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in own_code:
+        return "vlm"
+    classifies = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or "AutoModelForImageClassification" in own_code
+    return "classifier" if classifies or vision.is_dual_encoder(config) else "unknown"
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
@@ -236,12 +314,12 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
 
 
 def _check_kind(config: Any, name: str) -> None:
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    remote_code = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote_code:
+    if _kind(config) == "vlm":
         return
-    raise BadInput(f"{name} is a {config.model_type} model, which takes no images with text: a vision-language model is needed")
+    raise BadInput(
+        f"{name} is a {config.model_type} model, which takes no images with text and names no classes of images: a vision-language model "
+        "or an image classifier is needed"
+    )
 
 
 def _check_options(source: str, options: Mapping[str, Any]) -> None:
@@ -252,29 +330,6 @@ def _check_options(source: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in known:
             raise BadInput(f"source {source!r} has no option {option!r}{_nearest(option, known)}; known: {', '.join(known)}")
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Turn what transformers raises for wrong input into one line."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "trust_remote_code" in str(error):
-            reason = "it brings code of its own, which is not run unless you read it and set `trust_remote_code: true`"
-        raise BadInput(f"cannot load {name}: {reason}") from error
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    resolved = getattr(torch, dtype, None)
-    if isinstance(resolved, torch.dtype):
-        return resolved
-    raise BadInput(f"unknown dtype {dtype!r}: write float32, bfloat16 or float16")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

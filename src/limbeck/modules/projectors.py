@@ -95,6 +95,24 @@ class Layout:
         return f"{'class token + ' if self.class_token else ''}{grid} tokens of {self.channels}"
 
 
+def as_map(features: Tensor) -> Tensor:
+    """A feature as a map [B, C, H, W]: maps as they are, tokens [B, N, C] on their grid, without a class token; a vector [B, C] is 1x1.
+
+    Raises `BadInput` for tokens whose number is no square, nor a square and a class token.
+    """
+    if features.dim() == 4:
+        return features
+    if features.dim() not in (2, 3):
+        raise BadInput(f"a feature {list(features.shape)} is no map; tap [B, C, H, W], [B, N, D] or [B, D]")
+    layout = Layout.of(features.shape)
+    if layout.is_sequence:
+        raise BadInput(
+            f"{features.shape[1]} tokens have no grid: their number is neither a square nor a square and a class token"
+        )
+    tokens = features.unsqueeze(1) if features.dim() == 2 else features[:, layout.class_token :]
+    return tokens.transpose(1, 2).unflatten(2, (layout.height, layout.width))
+
+
 class FeatureAdapter(nn.Module):
     """A linear layer over channels and a change of resolution, between any two `Layout` that `infer_adapter` allows.
 

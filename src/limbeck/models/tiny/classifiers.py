@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from limbeck.errors import BadInput
 from limbeck.models.classifier import Classifier
+from limbeck.naming import nearest
 
 NAMES = ("cnn", "mlp")
+OPTIONS = ("widths", "channels", "hidden", "pixels")
 
 
 class Cnn(nn.Module):
@@ -58,8 +60,8 @@ def build(
 ) -> Classifier:
     """A freshly initialised ``cnn`` (widths, channels) or ``mlp`` (hidden, pixels)."""
     if name not in NAMES:
-        raise BadInput(f"there is no tiny classifier {name!r}; there are {', '.join(NAMES)}")
+        raise BadInput(f"there is no tiny classifier {name!r}: {nearest(name, NAMES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Cnn(classes, widths, channels) if name == "cnn" else Mlp(classes, hidden, pixels)
-    return Classifier(model, channels=channels)
+    return Classifier(model, channels=channels if name == "cnn" else None)

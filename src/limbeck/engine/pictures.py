@@ -1,0 +1,75 @@
+"""The picture data of a recipe whose student is an image classifier: read, split, and shown as training and evaluation need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from limbeck.data.images import LabelledImages, load_images
+from limbeck.data.loading import Split
+from limbeck.data.views import ImageCollate, ImageDataset, Presentation, presentation
+from limbeck.engine.recipe import DataSpec
+from limbeck.errors import BadInput
+
+CACHED_PIXELS = 2**27  # of a split's pictures together: fewer are kept in memory, decoded
+SMALL = 64  # pixels a side that pictures are taken to have which are not resized: those of embedded data have fewer
+
+
+@dataclass
+class Pictures:
+    """Datasets by stage and by held-out split. reference: the labelled training pictures without augmentation.
+
+    collate: joins their samples. classes: their names. skipped: broken pictures, by split.
+    """
+
+    data: dict[str, ImageDataset]
+    held_out: dict[str, ImageDataset]
+    reference: ImageDataset
+    collate: ImageCollate
+    classes: tuple[str, ...]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, specs: Mapping[str, DataSpec]) -> Pictures:
+        """Read the data of every stage; specs: as `limbeck.engine.task.data_specs` gives them."""
+        data, skipped, references = {}, [], {}
+        shown, _ = _parts(specs["train"])
+        for stage, spec in specs.items():
+            presented, images = _read(spec, "train", skipped)
+            if presented.augment != shown.augment:
+                raise BadInput(f"stage {stage!r}: data.augment differs from that of `data`: one run augments in one way")
+            unlabelled = images.unlabelled
+            paired = bool(unlabelled) and bool(images.labelled.records)
+            data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
+            references[stage] = _dataset(images.labelled if paired else images, presented, False, None, spec)
+        classes = data["train"].classes
+        held_out = {}
+        others: tuple[Split, ...] = ("val", "test")
+        for split in others:
+            presented, images = _read(specs["train"], split, skipped)
+            if images.records:
+                held_out[split] = _dataset(images, presented, False, None, specs["train"])
+        return cls(data, held_out, references["train"], ImageCollate(shown.augment), classes, skipped)
+
+
+def _parts(spec: DataSpec) -> tuple[Presentation, dict[str, Any]]:
+    """How a spec's pictures are shown, and what says where they are."""
+    return presentation(spec.model_dump(exclude={"max_length"}))
+
+
+def _read(spec: DataSpec, split: Split, skipped: list[dict[str, Any]]) -> tuple[Presentation, LabelledImages]:
+    presented, source = _parts(spec)
+    images = load_images(source, split)
+    skipped.extend({"split": split, **row} for row in images.skipped)
+    return presented, images
+
+
+def _dataset(images: LabelledImages, presented: Presentation, train: bool, unlabelled: Any, spec: DataSpec) -> ImageDataset:
+    options = presented.model_dump(exclude={"augment", "views", "cache"})
+    side = presented.size or SMALL
+    cached = presented.cache or (len(images.records) + len(unlabelled or ())) * side**2 <= CACHED_PIXELS
+    return ImageDataset(
+        images, train=train, augment=presented.augment, views=presented.views, unlabelled=unlabelled, cache=cached,
+        seed=(spec.model_extra or {}).get("seed", 0), **options,
+    )  # fmt: skip

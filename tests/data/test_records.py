@@ -37,3 +37,9 @@ def test_a_picture_is_turned_upright(red_over_blue):
     exif[0x0112] = 3  # upside down
     red_over_blue.save(file, "PNG", exif=exif)
     assert open_image(file.getvalue()).getpixel((0, 0)) == BLUE
+
+
+def test_sixteen_bits_of_grey_are_scaled_not_cut(tmp_path):
+    values = np.array([[0, 257, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.asarray(open_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 255]

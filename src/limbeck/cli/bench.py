@@ -9,11 +9,16 @@ from typing import Any
 import typer
 
 from limbeck.cli.output import count, number, print_json, print_table
+from limbeck.errors import BadInput
 
 
 def command(
     context: typer.Context,
-    recipe: str = typer.Argument(help="A YAML file, or the name of a shipped recipe. Any key: --train.lr 3e-4"),
+    recipe: str = typer.Argument("", help="A YAML file, or the name of a shipped recipe. Any key: --train.lr 3e-4"),
+    everything: bool = typer.Option(
+        False, "--all", help="Every shipped recipe that has controls and brings its data; one table, scoreboard.md, in --out."
+    ),
+    only: str = typer.Option("", help="With --all: these recipes alone, as in trg,lelp."),
     seeds: int = typer.Option(3, help="How many seeds, from 0."),
     out: Path | None = typer.Option(
         None, help="Where the runs go; an interrupted bench goes on there. Default runs/bench-<time>."
@@ -28,10 +33,16 @@ def command(
 
     Example: limbeck bench switch-kd --seeds 5 --json out.json
     """
-    from limbeck.engine.bench import bench
+    from limbeck.engine.bench import bench, bench_all
 
+    if everything == bool(recipe):
+        raise BadInput("bench takes a recipe or --all, and not both: limbeck bench switch-kd, or limbeck bench --all")
     folder = out or Path(f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
-    result = bench(recipe, seeds=seeds, out=folder, overrides=context.args, jobs=jobs, quiet=quiet)
+    if everything:
+        names = tuple(name for name in only.split(",") if name)
+        result = bench_all(seeds=seeds, out=folder, names=names, jobs=jobs, quiet=quiet)
+    else:
+        result = bench(recipe, seeds=seeds, out=folder, overrides=context.args, jobs=jobs, quiet=quiet)
     if json is not None and str(json) == "-":
         print_json(result)
         return
@@ -40,7 +51,28 @@ def command(
 
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(encoder.dumps(result, indent=1))
-    print_bench(result)
+    print_scores(result) if everything else print_bench(result)
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """The scoreboard: each system against each of its controls."""
+    rows = [
+        (
+            row["method"],
+            row["control"],
+            heading(row["metric"]),
+            number(row["method_mean"]),
+            number(row["control_mean"]),
+            f"{row['gain']:+.3f}",
+            interval(row),
+            number(row["seconds"], 0),
+        )
+        for row in result["rows"]
+    ]
+    head = ("system", "control", "metric", "system", "control", "gain", "95 % interval", "seconds, all arms")
+    print_table(head, rows, right=(3, 4, 5, 7))
+    for name, reason in result["failed"].items():
+        print(f"not benched: {name}: {reason}")
 
 
 def print_bench(result: dict[str, Any]) -> None:

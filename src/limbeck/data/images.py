@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from limbeck.data.embedded.digit_scenes import SPLITS, Split
 from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, StoredImage, read_arrow, row_group, row_id
-from limbeck.data.loading import Check, Settings, _datasets, _faults, _hashed, _reported
+from limbeck.data.loading import Check, Settings, datasets_library, faulty, hashed, reported
 from limbeck.data.records import ImageSource
 from limbeck.errors import BadInput
 from limbeck.losses.logits import IGNORE
@@ -153,7 +153,7 @@ class UserImages(Pooled):
 
     def side(self, group: str) -> Split:
         """On which side of the training rows' division a group of rows is."""
-        place = _hashed(group)
+        place = hashed(group)
         if place < self.val_fraction:
             return "val"
         return "test" if place >= 1 - self.test_fraction else "train"
@@ -354,8 +354,8 @@ def load_parquet(chosen: Table, split: Split) -> LabelledImages:
         files = sorted(found.rglob("*.parquet")) if found.is_dir() else [found]
         if not files or not files[0].is_file():
             raise BadInput(f"there is no parquet file {place}")
-        with _reported(place):
-            return _datasets().Dataset.from_parquet([str(file) for file in files]), found if found.is_dir() else found.parent
+        with reported(place):
+            return datasets_library().Dataset.from_parquet([str(file) for file in files]), found if found.is_dir() else found.parent
 
     def read(place: str) -> Iterator[Sample]:
         dataset, home = opened(place)
@@ -370,13 +370,13 @@ def load_parquet(chosen: Table, split: Split) -> LabelledImages:
 def load_hf(chosen: Hub, split: Split) -> LabelledImages:
     """Anything that ``datasets`` loads, a hub name or a folder, with the class names of its ``ClassLabel``."""
     folder = Path(chosen.path).expanduser()
-    with _reported(chosen.path):
+    with reported(chosen.path):
         if (folder / "dataset_dict.json").is_file():
-            splits = _datasets().load_from_disk(str(folder))
+            splits = datasets_library().load_from_disk(str(folder))
         elif (folder / "state.json").is_file():
-            splits = {chosen.split: _datasets().load_from_disk(str(folder))}
+            splits = {chosen.split: datasets_library().load_from_disk(str(folder))}
         else:
-            splits = _datasets().load_dataset(chosen.path, chosen.config)
+            splits = datasets_library().load_dataset(chosen.path, chosen.config)
     home = folder if folder.is_dir() else Path.cwd()
     outside = ImageFolder(home, allow_outside=True)  # pictures that datasets itself put somewhere
     named = ImageFolder(Path(chosen.images).expanduser() if chosen.images else home, chosen.allow_outside)
@@ -514,7 +514,7 @@ def _usable(
         name = sample.id if times_seen[sample.id] == 1 else f"{sample.id}#{times_seen[sample.id]}"  # ids name samples in caches
         found.append((sample.number, ImageRecord(name, sample.image, label)))
 
-    faults = _faults({record.image for _, record in found}, check)
+    faults = faulty({record.image for _, record in found}, check)
     skipped += [
         {"row": number, "id": record.id, "reason": faults[record.image]} for number, record in found if record.image in faults
     ]

@@ -175,8 +175,8 @@ def load_parquet(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     files = sorted(found.rglob("*.parquet")) if found.is_dir() else [found]
     if not files or not files[0].is_file():
         raise BadInput(f"there is no parquet file {path}")
-    with _reported(path):
-        dataset = _datasets().Dataset.from_parquet([str(file) for file in files])
+    with reported(path):
+        dataset = datasets_library().Dataset.from_parquet([str(file) for file in files])
     locate = chosen.locator(found if found.is_dir() else found.parent)
     columns = chosen.columns.found_in(dataset.column_names, path)
     return _usable(read_arrow(dataset, columns, locate), columns, locate, chosen, split, path)
@@ -189,13 +189,13 @@ def load_hf(options: Mapping[str, Any], split: Split) -> LoadedRecords:
     if name is None:
         return LoadedRecords([])
     folder = Path(chosen.path).expanduser()
-    with _reported(chosen.path):
+    with reported(chosen.path):
         if (folder / "dataset_dict.json").is_file():
-            splits = _datasets().load_from_disk(str(folder))
+            splits = datasets_library().load_from_disk(str(folder))
         elif (folder / "state.json").is_file():
-            splits = {chosen.split: _datasets().load_from_disk(str(folder))}
+            splits = {chosen.split: datasets_library().load_from_disk(str(folder))}
         else:
-            splits = _datasets().load_dataset(chosen.path, chosen.config)
+            splits = datasets_library().load_dataset(chosen.path, chosen.config)
     if name not in splits:
         raise BadInput(f"{chosen.path} has no split {name!r}: {nearest(name, splits)}")
     dataset, home = splits[name], folder if folder.is_dir() else Path.cwd()
@@ -213,7 +213,7 @@ def _usable(
     """The records of the rows that belong to this split and whose pictures can be read; the others in ``skipped``."""
     # With val_fraction both come from one place, and the hash says which row is whose.
     shares = bool(chosen.shared) and split != "test"
-    mine = (row for row in rows if not shares or (_hashed(row_group(row, columns)) < chosen.val_fraction) == (split == "val"))
+    mine = (row for row in rows if not shares or (hashed(row_group(row, columns)) < chosen.val_fraction) == (split == "val"))
     records: list[tuple[int, VQARecord]] = []
     skipped: list[dict[str, str | int]] = []
     times_seen: Counter[str] = Counter()
@@ -228,7 +228,7 @@ def _usable(
             record = replace(record, id=f"{record.id}#{times_seen[record.id]}")
         records.append((row.number, record))
 
-    faults = _faults({image for _, record in records for image in record.images}, chosen.check)
+    faults = faulty({image for _, record in records for image in record.images}, chosen.check)
     usable = []
     for number, record in records:
         fault = next((faults[image] for image in record.images if image in faults), None)
@@ -251,7 +251,7 @@ def _usable(
     return LoadedRecords(usable, skipped)
 
 
-def _faults(images: Iterable[ImageSource], check: Check) -> dict[ImageSource, str]:
+def faulty(images: Iterable[ImageSource], check: Check) -> dict[ImageSource, str]:
     """What is wrong with those pictures that cannot be read; each is looked at once."""
     waiting, faults = iter(images), {}
     with ThreadPoolExecutor(_CHECKERS) as pool:
@@ -276,12 +276,12 @@ def _fault(image: ImageSource, check: Check) -> str:
     return ""
 
 
-def _hashed(text: str) -> float:
+def hashed(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
-def _datasets() -> Any:
+def datasets_library() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -290,7 +290,7 @@ def _datasets() -> Any:
 
 
 @contextmanager
-def _reported(where: str) -> Iterator[None]:
+def reported(where: str) -> Iterator[None]:
     """What ``datasets`` raises for input it cannot read (all kinds), as one line."""
     try:
         yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 ImageSource = str | Path | bytes | Image.Image | Callable[[], Any]
@@ -44,9 +45,16 @@ def open_image(source: ImageSource) -> Image.Image:
     if callable(source):
         return open_image(source())
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
+        return source if source.mode == "RGB" else _rgb(source)
     with read_header(source) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """As RGB; 16 bits of grey are scaled to 8, where Pillow would cut off all above 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_header(source: ImageSource) -> Image.Image:

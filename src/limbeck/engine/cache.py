@@ -32,6 +32,7 @@ from limbeck.batch import Batch
 from limbeck.engine.batches import loaded, typical_batch, typical_samples, worker_count
 from limbeck.engine.checkpoint import sync, write_atomically
 from limbeck.engine.fingerprint import difference, identity
+from limbeck.engine.pictures import check_alone
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import Recipe, load_recipe
 from limbeck.engine.task import Task, build_task, check_cacheable, data_specs, taught_stages
@@ -112,6 +113,7 @@ def cache(
         with claims.hold("index"):
             index = agree(folder, recipe, task, ask, top_k=top_k, views=views, shard=shard)
         for dataset in data.values():
+            check_alone(dataset)
             check_draws(dataset, index.views, progress.warn)
         chunks = to_ask(CachedTeacher(folder), ids, index)
         total = sum(len(chunk.indices) for chunk in chunks)

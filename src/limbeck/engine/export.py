@@ -155,7 +155,7 @@ def export(
             "method": recipe.method.name,
             "student": f"{recipe.student.source}:{recipe.student.name}",
         },
-        square=bool(getattr(pictures, "size", None)),
+        resized=getattr(pictures, "size", None),
     )
 
 
@@ -208,14 +208,14 @@ def export_module(
     split: str = "held-out",
     student: Path | None = None,
     origin: Mapping[str, str] | None = None,
-    square: bool = False,
+    resized: int | None = None,
 ) -> dict[str, Any]:
     """Write a classifier into the folder ``out`` and return what ``export.json`` holds.
 
     model: a `Classifier`, or a module from pictures [B, C, H, W] to logits [B, K]. batches: real pictures under ``pixel_values``
     and, where they are known, their ``labels``; iterated over twice, and the first says which pictures the graph takes. split: what
     to call them. student: a folder that holds the model as its library loads it; None: written here. origin: where the model is
-    from. square: whether pictures were cropped to their middle square. Raises as `export`.
+    from. resized: pixels a side that the data's pictures were resized to. Raises as `export`.
     """
     config, out = config or ExportConfig(), Path(out)
     claim(out)
@@ -235,7 +235,7 @@ def export_module(
             "source": view.spec.get("source"),
             "parameters": parameters(view),
             "classes": list(view.classes),
-            "input": _described(view, inputs, config, square),
+            "input": _described(view, inputs, config, resized),
             "warnings": [],
         }
         if config.onnx:
@@ -254,7 +254,7 @@ def _pictures(batch: Batch) -> Tensor:
     """A batch's pictures [B, C, H, W], as the CPU computes with them."""
     pictures = batch.get("pixel_values")
     if not isinstance(pictures, Tensor) or pictures.dim() != 4 or not len(pictures):
-        raise BadInput("export compares on pictures: the first batch has no `pixel_values` [B, C, H, W]")
+        raise BadInput("export compares on pictures: a batch has no `pixel_values` [B, C, H, W]")
     return pictures.cpu().float()
 
 
@@ -263,7 +263,7 @@ def _given(view: Classifier, config: ExportConfig) -> Callable[[Tensor], Tensor]
     return Tensor.contiguous if config.preprocessing else lambda pictures: view.prepared(pictures).contiguous()
 
 
-def _described(view: Classifier, inputs: Tensor, config: ExportConfig, square: bool) -> dict[str, Any]:
+def _described(view: Classifier, inputs: Tensor, config: ExportConfig, resized: int | None) -> dict[str, Any]:
     """What the graph takes."""
     _, channels, height, width = inputs.shape
     normalised = view.normalises and not config.preprocessing
@@ -274,7 +274,7 @@ def _described(view: Classifier, inputs: Tensor, config: ExportConfig, square: b
         "dtype": "float32",
         "colours": COLOURS.get(channels, f"{channels} channels"),
         "range": None if normalised else [0.0, 1.0],
-        "square": square,
+        "resized": resized,
         "preprocessing": "in the graph" if config.preprocessing else "by the caller",
         "mean": _decimals(view.mean) if view.normalises else None,
         "std": _decimals(view.std) if view.normalises else None,
@@ -541,14 +541,15 @@ def model_card(result: Mapping[str, Any]) -> str:
         "",
     ]
     lines += _measured(result) if "accuracy" in result else []
-    lines += [f"> {escaped(text)}" for text in result["warnings"]] + ([""] if result["warnings"] else [])
+    lines += [*(f"- {escaped(text)}" for text in result["warnings"]), ""] if result["warnings"] else []
     lines += ["## Use", "", *_use(result)]
     return "\n".join(lines) + "\n"
 
 
 def escaped(text: str) -> str:
     """Text that Markdown and HTML show as it is, in one line."""
-    return html.escape(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", " ".join(text.split())), quote=False)
+    line = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    return html.escape(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line), quote=False)
 
 
 def _files(result: Mapping[str, Any]) -> list[str]:
@@ -568,9 +569,9 @@ def _taken(taken: Mapping[str, Any]) -> list[str]:
         said.append(f"The graph itself {' and '.join(inside)}." if inside else "The graph changes nothing of them.")
     elif taken["mean"]:
         said.append(f"Values from 0 to 1, normalised by the caller: (x - mean) / std, mean {taken['mean']}, std {taken['std']}.")
-    if taken["square"]:
+    if taken["resized"]:
         said.append(
-            f"The data's pictures had their shorter side resized to {height} (bicubic, antialiased) and the middle square taken."
+            f"Pictures had their shorter side resized to {taken['resized']} (bicubic, antialiased), the middle square taken."
         )
     return said
 

@@ -53,6 +53,22 @@ class Pictures:
         return cls(data, held_out, references["train"], ImageCollate(shown.augment), classes, skipped)
 
 
+def check_alone(dataset: Any) -> None:
+    """`BadInput` where what a sample shows depends on more than itself and its view, so that no cache can hold a teacher's answer to it."""
+    if not isinstance(dataset, ImageDataset):
+        return
+    if dataset.augment is not None and dataset.augment.where == "batch":
+        raise BadInput(
+            "a cache keeps answers to single pictures, and data.augment.where: batch changes batches: use where: worker"
+        )
+    if dataset.members:
+        raise BadInput(
+            "a cache keeps one order of samples, and data.balance: class draws them anew each epoch: leave one of them out"
+        )
+    if dataset.unlabelled is not None:
+        raise BadInput("a cache keeps answers to single pictures, and data.unlabelled shows them in pairs: leave one of them out")
+
+
 def _parts(spec: DataSpec) -> tuple[Presentation, dict[str, Any]]:
     """How a spec's pictures are shown, and what says where they are."""
     return presentation(spec.model_dump(exclude={"max_length"}))

@@ -95,7 +95,10 @@ class Task:
             raise BadInput(f"train.select.metric {wanted!r} is not measured by evaluate: {nearest(wanted, measured)}")
 
     def commonest_answer(self, split: str) -> float:
-        """The share of the commonest answer among a split's: what a model without eyes reaches. 0 where there are no answers."""
+        """The share of the commonest answer, or class, among a split's: what a model without eyes reaches. 0 where there are none."""
+        labels = getattr(self.held_out.get(split), "labels", None)
+        if labels is not None and (labels >= 0).any():
+            return float(labels[labels >= 0].bincount().max() / (labels >= 0).sum())
         answers = Counter(turns[-1][1] for record in getattr(self.held_out.get(split), "records", ()) if (turns := record.turns))
         return max(answers.values()) / answers.total() if answers else 0.0
 

@@ -98,8 +98,8 @@ class Trainer:
     """Trains one method into one run folder.
 
     data: a map-style dataset, or a mapping from stage name to one. evaluate: called with the method in eval mode (and the accelerator),
-    returns metrics on *validation* data; it chooses the checkpoint that becomes the student. reference: the training data unaugmented, for a
-    method that surveys it; default the data of the first stage. out: the run folder.
+    returns metrics on *validation* data; it chooses the checkpoint that becomes the student. reference: the training data unaugmented,
+    for a method that surveys it; default the data of the first stage. out: the run folder.
     """
 
     def __init__(

@@ -83,8 +83,9 @@ class Classifier(nn.Module):
         self.size, self.channels, self.classes, self.spec = size, channels, tuple(classes), dict(spec or {})
         self.write = write
         self.normalises = mean is not None
-        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        self.register_buffer("mean", torch.tensor(mean or [0.0], device=device).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0], device=device).view(-1, 1, 1), persistent=False)
         self._anatomy: Anatomy | None = None
         self._places: taps.Places | None = None
 

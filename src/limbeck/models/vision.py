@@ -460,8 +460,8 @@ def _adapted(
         head: Any = view.head
         if head.weight.shape[0] != count or (names and view.classes and names != view.classes):
             view.new_head(count)
-        view.classes = names or view.classes
-    view.model.to(device=device, dtype=as_dtype(dtype))
+        view.classes = names or (view.classes if len(view.classes) == count else ())
+    view.to(device=device).model.to(dtype=as_dtype(dtype))
     return view
 
 

@@ -309,11 +309,12 @@ def _graphs(
     if config.int8:
         runtimes["int8"] = _session(folder / INT8)
     found = answers(runtimes, batches, _given(view, config), config.batch)
-    difference, count = found.difference("onnx"), len(found.labels)
+    difference, count, largest = found.difference("onnx"), len(found.labels), found.logits["torch"].abs().max().item()
     if not difference <= config.tolerance:  # also where it is NaN
         raise LimbeckError(
             f"the ONNX graph differs from the PyTorch model by up to {difference:.3g} on {count} {split} pictures, more than "
-            f"{config.tolerance:g}: nothing was written; try another opset, or allow it by a larger tolerance"
+            f"{config.tolerance:g}: nothing was written; where it is rounding (logits reach {largest:.3g}, and both name the same class "
+            f"on {found.agreement('onnx'):.2%} of them), allow it by a larger tolerance"
         )
     one = some[:1] if config.batch == "dynamic" else _whole(some, config.batch)[: config.batch]
     milliseconds = latencies({name: partial(runtime, one) for name, runtime in runtimes.items()})
@@ -326,6 +327,7 @@ def _graphs(
             "batch_sizes": found.batch_sizes,
             "tolerance": config.tolerance,
             "max_difference": difference,
+            "largest_logit": largest,
             "agreement": found.agreement("onnx"),
         },
         "accuracy": {name: found.accuracy(name) for name in runtimes},

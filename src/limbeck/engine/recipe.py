@@ -216,7 +216,7 @@ def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(spec.get("weights"), str):
             spec = {**spec, "weights": str((folder / spec["weights"]).resolve())}
         here = folder / spec["name"]
-        if spec.get("source") == "recipe" or (spec.get("source") == "transformers" and here.is_dir()):
+        if spec.get("source") == "recipe" or (spec.get("source") != "python" and here.is_dir()):
             return {**spec, "name": str(here.resolve())}
         return spec
 

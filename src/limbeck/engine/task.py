@@ -240,6 +240,12 @@ def pictures_task(recipe: Recipe, method: Method, teacher: VLM | nn.Module | Non
         raise BadInput(
             f"the student classifies pictures and the teacher is a vision-language model ({type(teacher.model).__name__})"
         )
+    known = getattr(teacher, "classes", ())
+    if known and known != pictures.classes and sorted(known) == sorted(pictures.classes):
+        raise BadInput(
+            f"teacher and data name the same classes in another order: the teacher's first are {', '.join(known[:3])}, the data's "
+            f"{', '.join(pictures.classes[:3])}; list the teacher's order in data.classes"
+        )
     names = recipe.evaluate if "evaluate" in recipe.model_fields_set else protocols.default_for(method)
     return Task(
         method,
@@ -275,10 +281,11 @@ def load_model(spec: ModelSpec, seed: int, classes: Sequence[str] | None = None)
     if classes is not None and spec.classes is None and kind_of(values) == "classifier":
         values["classes"] = list(classes) if spec.source == "open_clip" else len(classes)
     model = load({**values, "seed": seed} if spec.source == "tiny" else values)
-    if isinstance(model, Classifier) and classes is not None and not model.classes:
-        model.classes = tuple(classes)
+    if classes is not None and not isinstance(model, VLM):
+        model = model if isinstance(model, Classifier) else Classifier(model, spec=values)
+        model.classes = model.classes or tuple(classes)
     if spec.weights is not None:
-        bare = bare_module(model)
+        bare = model.model if isinstance(model, VLM | Classifier) else model
         try:
             bare.load_state_dict(load_weights(Path(spec.weights)))
         except RuntimeError as error:

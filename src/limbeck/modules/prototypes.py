@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -158,4 +159,4 @@ def usage(assignment: Tensor) -> Tensor:
     count = assignment.shape[-1]
     mean = upcast(assignment).flatten(0, -2).mean(0)
     entropy = torch.special.entr(mean).sum()
-    return entropy / torch.tensor(float(count)).log() if count > 1 else torch.ones_like(entropy)
+    return entropy / math.log(count) if count > 1 else torch.ones_like(entropy)

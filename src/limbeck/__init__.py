@@ -53,6 +53,8 @@ _HOMES = {
     "probe_run": "limbeck.engine.run",
     "Run": "limbeck.engine.run",
     "bench": "limbeck.engine.bench",
+    "bench_all": "limbeck.engine.bench",
+    "export": "limbeck.engine.export",
     "cache": "limbeck.engine.cache",
     "load_recipe": "limbeck.engine.recipe",
     "VLM": "limbeck.models.vlm",
@@ -104,11 +106,13 @@ __all__ = [
     "StandardisedKD",
     "__version__",
     "bench",
+    "bench_all",
     "cache",
     "compose",
     "create",
     "distill",
     "evaluate_run",
+    "export",
     "list_methods",
     "load_classifier",
     "load_recipe",
@@ -121,8 +125,9 @@ __all__ = [
 if TYPE_CHECKING:
     from limbeck.api import create, list_methods
     from limbeck.batch import Batch
-    from limbeck.engine.bench import bench
+    from limbeck.engine.bench import bench, bench_all
     from limbeck.engine.cache import cache
+    from limbeck.engine.export import export
     from limbeck.engine.recipe import load_recipe
     from limbeck.engine.run import Run, distill, evaluate_run, probe_run, resume, run
     from limbeck.errors import BadInput, LimbeckError

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from limbeck.cli.main import main
+from limbeck.models.loading import quiet_bars
 from limbeck.models.tiny import digit_vlm
 from tests.synth.server import serving
 
@@ -57,8 +58,9 @@ def pictures(tmp_path):
 @pytest.fixture
 def answerer(tmp_path):
     folder = tmp_path / "vlm"
-    for part in digit_vlm.build("digit-vlm-student", seed=3):
-        part.save_pretrained(folder)
+    with quiet_bars():
+        for part in digit_vlm.build("digit-vlm-student", seed=3):
+            part.save_pretrained(folder)
     return f"{{source: transformers, name: {folder}}}"
 
 
@@ -133,7 +135,7 @@ def test_refusals(limbeck, pictures, answerer, tmp_path):
     asking = ("answers", pictures, "--questions", questions)
     refused(*asking, says="who answers?")
     refused(*asking, "--teacher", answerer, says="the answer 'Yes' is an unknown word")
-    refused(*asking, "--teacher", "{source: tiny, name: mlp}", says="a vision-language model answers questions")
+    refused(*asking, "--teacher", "{source: tiny, name: mlp, classes: 2}", says="a vision-language model answers questions")
     refused("answers", pictures, "--questions", tmp_path / "none", "--teacher", answerer, says="no file of questions")
     refused("questions", pictures, "--model", "m", "--key-variable", "NOT_SET_ANYWHERE", says="NOT_SET_ANYWHERE holds no key")
     with serving("no.") as endpoint:

@@ -465,7 +465,11 @@ class SimKD(Objective):
     def shipped(self, student: nn.Module, part: nn.Module | None) -> nn.Module:
         assert isinstance(part, Reheaded)
         model = Spliced(unwrapped(student), part)
-        return student.around(model) if isinstance(student, Classifier) else model
+        if not isinstance(student, Classifier):
+            return model
+        view = student.around(model)
+        view.spec = {}  # no library builds it
+        return view
 
 
 @dataclass(frozen=True)

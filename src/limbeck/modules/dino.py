@@ -29,7 +29,7 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*mlp[:-1])
         for module in self.mlp:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)  # DINO's 0.02 at its width of 2048
                 nn.init.zeros_(module.bias)
         self.directions = nn.Parameter(torch.randn(outputs, bottleneck))
 

@@ -14,7 +14,7 @@ it is validation data. ``search: false`` keeps alpha = beta = 0.5, as their low-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from limbeck.losses.logits import IGNORE
 from limbeck.methods.base import Losses
 from limbeck.methods.recognition.base import Recognition
 from limbeck.models.classifier import Classifier
+from limbeck.models.loading import load_module
 from limbeck.modules.heads import DualHead, log_mixture
 from limbeck.teachers.frozen import FrozenTeacher
 
@@ -147,8 +148,14 @@ class DHO(Recognition):
 
     def deployable(self) -> Classifier:
         """The student with both heads, whose logits are the log-probabilities of their mixture."""
-        single = self.config.heads == "single"
-        return self.student if single else self.student.around(self.student.model)  # no student that its source would build again
+        if self.config.heads == "single":
+            return self.student
+        view = self.student.around(self.student.model)
+        view.spec = {}
+        if "source" in self.student.spec:
+            options = {"student": self.student.spec, "head": self.student.anatomy().head, "scale": self.config.scale}
+            view.spec = {"source": "python", "name": f"{__name__}:{with_two_heads.__name__}", "options": options}
+        return view
 
     @torch.enable_grad()
     def conflict(self, batch: Batch) -> float:
@@ -163,6 +170,16 @@ class DHO(Recognition):
         gradients = [torch.autograd.grad(term, backbone, retain_graph=True) for term in (terms["ce"], terms["kd"])]
         ce, kd = (torch.cat([part.flatten().float() for part in parts]) for parts in gradients)
         return F.cosine_similarity(ce, kd, dim=0).item()
+
+
+def with_two_heads(student: Mapping[str, Any], head: str, scale: float | None) -> Classifier:
+    """What `DHO.deployable` gives, built again from the spec of its student: how a saved one is loaded. head: the submodule's name."""
+    view = Classifier.of(load_module(student))
+    parent, _, name = head.rpartition(".")
+    own: Any = view.model.get_submodule(head)
+    classes, width = own.weight.shape[:2]
+    setattr(view.model.get_submodule(parent), name, DualHead(own, nn.Linear(width, classes), scale=scale))
+    return view
 
 
 def count_right(ce_logits: Tensor, kd_logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,156 @@
+"""Recipes whose student classifies pictures, from YAML to a student that loads again; and compose on two processes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from limbeck.engine import trainer
+from limbeck.engine.bench import as_markdown, bench, bench_all, benchable
+from limbeck.engine.recipe import load_recipe
+from limbeck.engine.run import evaluate_run, resume, run
+from limbeck.engine.task import build_task
+from limbeck.errors import BadInput
+from limbeck.models.vision import load_classifier
+
+TEACHER = {"source": "tiny", "name": "cnn", "options": {"widths": [6, 12]}}
+
+
+def recipe(method=None, **changes):
+    return {
+        "method": method or {"name": "compose", "objectives": ["ce", {"kd": {"temperature": 2}}, {"at": {"weight": 10}}]},
+        "teacher": TEACHER,
+        "student": {"source": "tiny", "name": "cnn", "options": {"widths": [4, 8]}},
+        "data": {"source": "digits", "limit": 120, "val_fraction": 0.05, "test_fraction": 0.05, "augment": {"pad": 1}},
+        "train": {"steps": 6, "batch_size": 16, "lr": 3e-3, "evaluate_every": 3, "checkpoint_every": 2, "log_every": 1},
+        **changes,
+    }
+
+
+PARITY = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}
+FEW = {"source": "digits", "val_fraction": 0.05, "test_fraction": 0.05}
+RECIPES = {
+    "compose": recipe(),
+    "simkd": recipe({"name": "compose", "objectives": ["simkd"]}),
+    "crd": recipe({"name": "compose", "objectives": ["ce", {"crd": {"negatives": 8}}]}),
+    "trg": recipe({"name": "trg", "tokens": 4}),
+    "lelp": recipe({"name": "lelp", "subclasses": 3}, data={**FEW, "classes": PARITY, "limit": 120}),
+    "dho": recipe({"name": "dho"}, data={**FEW, "shots": 5, "unlabelled": True, "limit": 120}),
+    "prockd": recipe({"name": "prockd"}),
+    "ema-self": recipe({"name": "ema-self"}, teacher=None),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_ends_with_a_student_that_answers_as_it_was_measured(name, tmp_path):
+    finished = run(RECIPES[name], out=tmp_path / "run", quiet=True)
+    assert finished.test["accuracy"] == pytest.approx(evaluate_run(tmp_path / "run")["accuracy"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["student"]["flops"] > 0 and result["student"]["bytes"] > 0
+    record = json.loads((tmp_path / "run" / "student" / "limbeck.json").read_text())
+    if "source" not in record["spec"]:
+        return
+    pictures = torch.rand(3, 1, 8, 8)
+    ours = finished.student.cpu().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load_classifier(tmp_path / "run" / "student").eval()(pictures), ours(pictures))
+
+
+@pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self"])
+def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeypatch):
+    whole = run(RECIPES[name], out=tmp_path / "whole", quiet=True)
+    own = trainer.Trainer._save
+
+    def interrupted(self, model, optimizer):
+        own(self, model, optimizer)
+        if self.position.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "_save", interrupted)
+        run(RECIPES[name], out=tmp_path / "cut", quiet=True)
+    resumed = resume(tmp_path / "cut", quiet=True)
+    for key, value in whole.method.state_dict().items():
+        torch.testing.assert_close(resumed.method.state_dict()[key], value, msg=key, rtol=0, atol=1e-6)
+
+
+def test_training_moves_nothing_of_the_teacher(tmp_path):
+    task = build_task(load_recipe(RECIPES["compose"]))
+    before = copy.deepcopy(task.teacher.state_dict())
+    finished = run(RECIPES["compose"], out=tmp_path / "run", quiet=True, teacher=task.teacher)
+    after = finished.method.teacher.module.state_dict()
+    assert any("running_mean" in key for key in before)
+    for key, value in before.items():
+        assert torch.equal(after[key].cpu(), value), key
+
+
+def test_seeds_draw_other_shots_and_the_same_held_out_pictures():
+    first, other = (build_task(load_recipe(RECIPES["dho"]).with_seed(seed)) for seed in (0, 1))
+    assert first.data["train"].images.records != other.data["train"].images.records
+    assert first.held_out["test"].ids == other.held_out["test"].ids
+
+
+def test_classes_of_the_data_size_the_student_and_order_is_checked(tmp_path):
+    task = build_task(load_recipe(RECIPES["lelp"]))
+    assert task.method.student.model.head.out_features == 2 and task.method.student.classes == ("even", "odd")
+    teacher = task.teacher
+    teacher.classes = ("odd", "even")
+    with pytest.raises(BadInput, match="same classes in another order"):
+        build_task(load_recipe(RECIPES["lelp"]), teacher)
+
+
+def test_a_teacher_of_another_task_is_refused_by_what_compares_classes(tmp_path):
+    spec = recipe(teacher={**TEACHER, "classes": 7})
+    with pytest.raises(BadInput, match="the student has 10, the teacher 7"):
+        run(spec, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_compares_arms_of_pictures_and_the_scoreboard_is_a_table(tmp_path):
+    spec = recipe(arms=[{"name": "ce", "method": {"name": "compose", "objectives": ["ce"]}}])
+    table = bench(spec, seeds=2, out=tmp_path / "bench", jobs=1, quiet=True)
+    assert table["paired"]["ce"]["accuracy"]["low"] <= table["paired"]["ce"]["accuracy"]["mean"]
+    assert set(table["latency_ms"]) == {"teacher", "compose", "ce"}
+    row = {
+        "method": "trg", "control": "ce", "metric": "accuracy", "method_mean": 0.9, "control_mean": 0.8, "gain": 0.1, "low": 0.05,
+        "high": 0.15, "seeds": 5, "seconds": 12.0,
+    }  # fmt: skip
+    assert "| trg | ce | accuracy | 0.900 | 0.800 | **+0.100** | [+0.050, +0.150] | 5 | 12 |" in as_markdown([row])
+    assert "**" not in as_markdown([{**row, "low": -0.01}])
+
+
+def test_every_system_is_on_the_scoreboard():
+    assert {"switch-kd", "trg", "lelp", "prockd", "cmd", "dmae", "makd", "dho", "ema-self", "solar-cells"} <= set(benchable())
+    assert "own-pair" not in benchable()
+    with pytest.raises(BadInput, match="no recipe 'trgg' to bench"):
+        bench_all(out="unused", names=["trgg"])
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    spec = {**RECIPES["compose"], "data": {"source": "digits", "limit": 120, "val_fraction": 0.05, "test_fraction": 0.05}}
+    # BatchNorm sees the samples of its process alone, in any framework: a network without it is compared.
+    spec |= {"student": {"source": "tiny", "name": "mlp", "options": {"hidden": [16]}}}
+    spec |= {"teacher": {"source": "tiny", "name": "mlp", "options": {"hidden": [24]}}}
+    spec |= {"method": {"name": "compose", "objectives": ["ce", "kd", {"hint": {"student": "relu0", "teacher": "relu0"}}]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(spec))
+    run(spec, out=tmp_path / "alone", quiet=True)
+    worker = str(Path(__file__).with_name("two_processes.py"))
+    rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *rendezvous, worker, "ddp", str(tmp_path / "recipe.yaml"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    alone = load_file(tmp_path / "alone" / "student" / "model.safetensors")
+    for folder in ("whole", "resumed"):
+        together = load_file(tmp_path / folder / "student" / "model.safetensors")
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    adapters = [load_file(tmp_path / folder / "adapters.safetensors") for folder in ("alone", "whole")]
+    torch.testing.assert_close(*adapters, rtol=0, atol=1e-4)

@@ -355,3 +355,16 @@ def test_what_does_not_fit_is_named():
         linear.losses({})
     with pytest.raises(ValueError, match="different positions"):
         linear.losses({"a": linear.CrossEntropy(student, labels), "b": linear.CrossEntropy(draw(3)[0], labels[:3])})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([0, 1, 1, 0]), "mask is torch.int64; expected torch.bool"),
+        (torch.ones(3, dtype=torch.bool), r"mask \[3\] does not match the positions \[4\]"),
+    ],
+)
+def test_a_mask_of_indices_or_of_another_length_is_refused(mask, message):
+    student, _, labels = draw(4)
+    with pytest.raises(ValueError, match=message):
+        linear.losses({"ce": linear.CrossEntropy(student, labels)}, mask=mask)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.losses._common import LOG_ZERO, check_choice
+from limbeck.losses._common import LOG_ZERO, check_choice, check_mask
 from limbeck.losses.bild import Branch, KneeCurve, Options, Pairs, bild_options, candidates, dbild_options, difference_at
 from limbeck.losses.bild import Divergence as Direction
 from limbeck.losses.logits import IGNORE, check_divergence, divergence_of_log_probs, log_probabilities
@@ -334,6 +334,8 @@ def losses(
     check_choice("reduction", reduction, ("mean", "sum"))
     if not terms:
         raise ValueError("terms is empty; expected at least one")
+    first = next(iter(terms.values())).student
+    check_mask(first if isinstance(first, Tensor) else first.hidden, mask)
     job = _Job.of(terms, weights or {}, mask, reduction, chunk_bytes)
     return dict(zip(terms, _Chunked.apply(job, torch.is_grad_enabled(), *job.given), strict=True))
 

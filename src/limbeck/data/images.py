@@ -355,7 +355,9 @@ def load_parquet(chosen: Table, split: Split) -> LabelledImages:
         if not files or not files[0].is_file():
             raise BadInput(f"there is no parquet file {place}")
         with reported(place):
-            return datasets_library().Dataset.from_parquet([str(file) for file in files]), found if found.is_dir() else found.parent
+            return datasets_library().Dataset.from_parquet(
+                [str(file) for file in files]
+            ), found if found.is_dir() else found.parent
 
     def read(place: str) -> Iterator[Sample]:
         dataset, home = opened(place)

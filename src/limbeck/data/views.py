@@ -186,7 +186,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """What stands at place ``index`` of an epoch: the sample, another of a class drawn uniformly, or the epoch's pair."""
         if self.unlabelled is not None:
             return self._sample(self._paired(epoch, index), index)
-        return self._sample(self._balanced() if self.members else index, index)
+        return self._sample(self.chosen(index), index)
+
+    def chosen(self, index: int) -> int:
+        """Which sample is drawn for place ``index`` of an epoch: itself, or any of a class drawn uniformly."""
+        return self._balanced() if self.members else index
 
     def _sample(self, labelled: int, index: int) -> dict[str, Any]:
         record, raw = self.images.records[labelled], self._raw(labelled)

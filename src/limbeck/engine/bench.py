@@ -19,7 +19,7 @@ from torch import nn
 
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import PATH_KEYS, Arm, Recipe, load_recipe, shipped_recipes
-from limbeck.engine.run import environment, forwards, run, trained_student
+from limbeck.engine.run import environment, forwards, run, trained_student, with_answers
 from limbeck.engine.task import bare_module, build_task, open_cache, recipe_teacher
 from limbeck.errors import BadInput
 from limbeck.evaluate.cost import latencies
@@ -54,15 +54,15 @@ def bench(
     """
     if seeds < 1:
         raise BadInput(f"bench needs at least 1 seed, got {seeds}")
-    recipe = load_recipe(source, overrides)
+    recipe = with_answers(load_recipe(source, overrides))
     progress, folder = Progress(quiet=quiet), Path(out)
     arms = {recipe.method.name: recipe}
     for arm in recipe.arms:
         arms[arm_name(arm)] = recipe.with_method(arm)
     for variant in arms.values():
         open_cache(variant)  # what cannot train from it is refused before anything is trained
-    if recipe.cache is not None and seeds > 1 and recipe.data.source == "digit-scenes":
-        raise BadInput("bench draws new digit-scenes for each seed, and a cache holds one draw: leave `cache` out, or --seeds 1")
+    if recipe.cache is not None and recipe.draws_data:
+        raise BadInput("bench draws the training data anew for each seed, and a cache holds one draw: leave `cache` out")
     check_same(folder, recipe)
     teacher = recipe_teacher(recipe)
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}

@@ -7,6 +7,7 @@ system drops with the process: any number of writers share a folder, none waits 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -24,18 +25,19 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from limbeck.batch import Batch
 from limbeck.engine.batches import loaded, typical_batch, typical_samples, worker_count
 from limbeck.engine.checkpoint import sync, write_atomically
+from limbeck.engine.config import TrainConfig
 from limbeck.engine.fingerprint import difference, identity
 from limbeck.engine.pictures import check_alone
 from limbeck.engine.progress import Progress
-from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.task import Task, build_task, check_cacheable, data_specs, taught_stages
+from limbeck.engine.recipe import CacheSpec, Recipe, load_recipe
+from limbeck.engine.task import Task, build_task, cache_folder, check_cacheable, data_specs, learns_from_teacher, taught_stages
 from limbeck.engine.taught import drawn, matches, sample_ids, seal
 from limbeck.engine.trainer import PRECISION, forget_accelerator
 from limbeck.errors import BadInput
@@ -135,6 +137,34 @@ def cache(
                     progress.advance(known, {}, known / (time.perf_counter() - started))
                     chunks[number] = replace(chunk, missing=())
     return summary(folder, started)
+
+
+def asked_once(recipe: Recipe) -> Recipe:
+    """A recipe whose ``cache`` says how to write one, with the folder of that cache in its place: written the first time it is asked for,
+    and kept by what the answers depend on. A method without a teacher needs none."""
+    if not isinstance(recipe.cache, CacheSpec):
+        return recipe
+    if not learns_from_teacher(recipe):
+        return recipe.model_copy(update={"cache": None})
+    from limbeck.engine.run import one_at_a_time, processes
+
+    spec = recipe.cache
+    alone = recipe.model_copy(update={"train": TrainConfig(precision=recipe.train.precision), "arms": (), "evaluate": ()})
+    teacher = recipe.teacher
+    trained = load_recipe(teacher.name).fingerprint if teacher is not None and teacher.source == "recipe" else ""
+    known = hashlib.blake2b(f"{alone.fingerprint}{trained}".encode(), digest_size=8).hexdigest()
+    folder = cache_folder() / "answers" / f"{recipe.method.name}-{known}"
+    done, state = folder.with_name(f"{folder.name}.done"), processes()
+    with one_at_a_time(folder.with_name(f"{folder.name}.lock"), state):
+        [missing] = broadcast_object_list([not done.exists()])
+        if missing:
+            if state.is_main_process:
+                Progress().note(f"asking the teacher, once; its answers are kept in {folder}")
+            cache(recipe, out=folder, views=spec.views, top_k=spec.top_k)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                done.touch()
+    return recipe.model_copy(update={"cache": str(folder)})
 
 
 class Claims:

@@ -33,7 +33,9 @@ class Pictures:
     @classmethod
     def of(cls, specs: Mapping[str, DataSpec]) -> Pictures:
         """Read the data of every stage; specs: as `limbeck.engine.task.data_specs` gives them."""
-        data, skipped, references = {}, [], {}
+        data: dict[str, ImageDataset] = {}
+        references: dict[str, ImageDataset] = {}
+        skipped: list[dict[str, Any]] = []
         shown, _ = _parts(specs["train"])
         for stage, spec in specs.items():
             presented, images = _read(spec, "train", skipped)
@@ -44,7 +46,7 @@ class Pictures:
             data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
             references[stage] = _dataset(images.labelled if paired else images, presented, False, None, spec)
         classes = data["train"].classes
-        held_out = {}
+        held_out: dict[str, ImageDataset] = {}
         others: tuple[Split, ...] = ("val", "test")
         for split in others:
             presented, images = _read(specs["train"], split, skipped)
@@ -60,10 +62,6 @@ def check_alone(dataset: Any) -> None:
     if dataset.augment is not None and dataset.augment.where == "batch":
         raise BadInput(
             "a cache keeps answers to single pictures, and data.augment.where: batch changes batches: use where: worker"
-        )
-    if dataset.members:
-        raise BadInput(
-            "a cache keeps one order of samples, and data.balance: class draws them anew each epoch: leave one of them out"
         )
     if dataset.unlabelled is not None:
         raise BadInput("a cache keeps answers to single pictures, and data.unlabelled shows them in pairs: leave one of them out")

@@ -25,7 +25,7 @@ from torch import nn
 from limbeck.engine.batches import padding, sample_lengths
 from limbeck.engine.estimate import PARTS, Sizes, Tokens, Work, flops, image_tokens, memory, sizes_of
 from limbeck.engine.pictures import Pictures
-from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe, parse_overrides
+from limbeck.engine.recipe import PATH_KEYS, CacheSpec, DataSpec, ModelSpec, Recipe, load_recipe, parse_overrides
 from limbeck.engine.task import (
     Task,
     check_fingerprint,
@@ -95,8 +95,8 @@ def plan(
     classes = None if pictures is None else pictures.classes
     student = skeleton(resolved.student, classes)
     cached = open_cache(resolved)
-    teacher = skeleton(resolved.teacher, classes) if resolved.teacher and resolved.cache is None else None
-    method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
+    teacher = skeleton(resolved.teacher, classes) if resolved.teacher and cached is None else None
+    method = method_class(student, (cached or teacher) if method_class.learns_from_teacher(hyper) else None, **hyper)
     if cached is not None:
         check_fingerprint(resolved, method, cached)
     if isinstance(method, VLMMethod):
@@ -105,6 +105,10 @@ def plan(
         bare = teacher.model if isinstance(teacher, VLM) else teacher
         task = plain_task(resolved, method, bare, specs) if pictures is None else pictures_task(resolved, method, bare, pictures)
         planned = _plan_plain(resolved, method, bare, task, assumed)
+    if isinstance(resolved.cache, CacheSpec):
+        planned["notes"].append(
+            f"the teacher is asked once, {resolved.cache.views} views of each sample, and not loaded while training"
+        )
     if cached is not None:
         planned["notes"].append(f"the teacher is not loaded: what it says is read from {cached.folder}")
     return planned

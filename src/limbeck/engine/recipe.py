@@ -71,6 +71,15 @@ class Arm(Strict):
     method: MethodSpec
 
 
+class CacheSpec(Strict):
+    """A cache of the teacher's answers that is written when it is first needed and kept beside the teachers that Limbeck trained.
+
+    views, top_k: as of `limbeck.engine.cache.cache`."""
+
+    views: Annotated[int, Field(gt=0)] = 1
+    top_k: Annotated[int, Field(gt=0)] = 64
+
+
 class Recipe(Strict):
     """A validated recipe; paths are absolute."""
 
@@ -78,7 +87,7 @@ class Recipe(Strict):
     student: ModelSpec
     teacher: ModelSpec | None = None
     data: DataSpec
-    cache: str | None = None
+    cache: CacheSpec | str | None = None
     train: TrainConfig = TrainConfig()
     evaluate: tuple[str, ...] = ("vqa-accuracy",)
     arms: tuple[Arm | str, ...] = ()
@@ -92,9 +101,14 @@ class Recipe(Strict):
         """This recipe with another training seed; what is drawn of the data for it (scenes, few shots) is drawn anew too. Held-out data
         never changes."""
         update: dict[str, Any] = {"train": self.train.model_copy(update={"seed": seed})}
-        if self.data.source == "digit-scenes" or DRAWN & set(self.data.model_extra or {}):
+        if self.draws_data:
             update["data"] = DataSpec(**{**self.data.model_dump(), "seed": seed})
         return self.model_copy(update=update)
+
+    @property
+    def draws_data(self) -> bool:
+        """Whether a part of the training data is drawn by a seed."""
+        return self.data.source == "digit-scenes" or bool(DRAWN & set(self.data.model_extra or {}))
 
     @property
     def fingerprint(self) -> str:

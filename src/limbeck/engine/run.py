@@ -82,11 +82,19 @@ def run(
     [stamp] = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])  # clocks differ between machines
     folder = Path(out or f"runs/{recipe.method.name}-{stamp}")
     claim(folder)
+    recipe = with_answers(recipe)
     task = build_task(recipe, teacher)
     trainer = task_trainer(task, recipe, folder, quiet=quiet)
     if trainer.accelerator.is_main_process:
         write_head(folder, recipe, task)
     return finish(trainer, task, resume=False)
+
+
+def with_answers(recipe: Recipe) -> Recipe:
+    """The recipe with the folder of its teacher's answers, where it asks for them to be written."""
+    from limbeck.engine.cache import asked_once
+
+    return asked_once(recipe)
 
 
 def resume(folder: str | Path, *, quiet: bool = False) -> Run:
@@ -136,7 +144,7 @@ def reopen(folder: str | Path, *, teacher: bool = True) -> tuple[Task, Accelerat
     if not (folder / "student").is_dir():
         raise BadInput(f"{folder} has no student yet: finish it with `limbeck resume {folder}`")
     recipe = load_recipe(folder / "recipe.yaml")
-    if recipe.cache is not None and (teacher or not Path(recipe.cache).is_dir()):
+    if isinstance(recipe.cache, str) and (teacher or not Path(recipe.cache).is_dir()):
         recipe = recipe.model_copy(update={"cache": None})
     adapters = load_file(folder / "adapters.safetensors") if (folder / "adapters.safetensors").exists() else {}
     trained_apart = any(name.startswith("student.") for name in adapters)

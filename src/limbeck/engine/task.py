@@ -25,7 +25,7 @@ from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, evaluation_l
 from limbeck.engine.checkpoint import load_weights
 from limbeck.engine.fingerprint import difference, identity
 from limbeck.engine.pictures import Pictures
-from limbeck.engine.recipe import DataSpec, ModelSpec, Recipe
+from limbeck.engine.recipe import CacheSpec, DataSpec, ModelSpec, Recipe
 from limbeck.engine.taught import TaughtCollate, TaughtDataset
 from limbeck.engine.trainer import Trainer, match_stages
 from limbeck.errors import BadInput
@@ -129,7 +129,7 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
     if teacher is not None:
         FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
     method_class: Any = entry.load()
-    method = method_class(student, (cached or teacher) if method_class.needs_teacher else None, **hyper)
+    method = method_class(student, (cached or teacher) if method_class.learns_from_teacher(hyper) else None, **hyper)
     if isinstance(student, VLM):
         task = vision_language_task(recipe, method, student, teacher, specs)
     elif pictures is not None:
@@ -177,10 +177,16 @@ def open_cache(recipe: Recipe) -> CachedTeacher | None:
             f"evaluate: {', '.join(needing)} needs the teacher, which a run from a cache does not load: leave it out, and measure it "
             f"afterwards with `limbeck evaluate RUN --protocol {needing[0]}`"
         )
-    if not find(recipe.method.name).load().needs_teacher:
+    if isinstance(recipe.cache, CacheSpec) or not learns_from_teacher(recipe):
         return None
     check_cacheable(recipe)
     return CachedTeacher(recipe.cache)
+
+
+def learns_from_teacher(recipe: Recipe) -> bool:
+    """Whether a recipe's method needs a teacher, as it is configured."""
+    method_class = find(recipe.method.name).load()
+    return method_class.learns_from_teacher(vars(configure(method_class, recipe.method.hyper)))
 
 
 def check_fingerprint(recipe: Recipe, method: Method, cached: CachedTeacher) -> None:

@@ -51,6 +51,11 @@ class TaughtDataset(Dataset[Any]):
         return typical_samples(self.dataset)
 
     @property
+    def labels(self) -> Tensor | None:
+        """Those of the dataset, where it has any."""
+        return getattr(self.dataset, "labels", None)
+
+    @property
     def lengths(self) -> Sequence[float]:
         """Those of the dataset, where it has any."""
         return self.dataset.lengths
@@ -59,7 +64,8 @@ class TaughtDataset(Dataset[Any]):
         return self.draw(0, index)
 
     def draw(self, epoch: int, index: int) -> TaughtItem:
-        """The sample as epoch ``epoch`` shows it."""
+        """What stands at place ``index`` of an epoch, as it shows it: the sample, or the one that the dataset chooses in its place."""
+        index = getattr(self.dataset, "chosen", int)(index)
         view = epoch % len(self.places)
         shard, position = self.places[view, index].tolist()
         item = drawn(self.dataset, view, index)

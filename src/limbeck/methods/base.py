@@ -66,6 +66,11 @@ class Method(nn.Module):
         super().__init__()
         self.weights = {}
 
+    @classmethod
+    def learns_from_teacher(cls, hyper: Mapping[str, Any]) -> bool:
+        """Whether it needs a teacher with these hyper-parameters."""
+        return cls.needs_teacher
+
     def stages(self) -> Sequence[Stage]:
         """The stages in order. Default: one stage over everything trainable."""
         return (Stage(),)

@@ -77,6 +77,8 @@ class Compose(Method):
         self.student = student
         self.adapters = nn.ModuleDict()
         self.rows: list[PlanRow] = []
+        self.student_reads: dict[str, dict[str, Tap]] = {}
+        self.teacher_reads: dict[str, dict[str, Tap]] = {}
         if teacher is None:
             needing = [name for name, term in self.objectives.items() if term.needs_teacher]
             if needing:
@@ -89,6 +91,10 @@ class Compose(Method):
             raise BadInput("teacher and student share parameters, and a teacher's are frozen: give each its own (copy.deepcopy)")
         self.teacher = FrozenTeacher.of(teacher)
         self.teacher_dtype = self.teacher.dtype
+
+    @classmethod
+    def learns_from_teacher(cls, hyper: Mapping[str, Any]) -> bool:
+        return any(term.needs_teacher for term in named(hyper["objectives"]).values())
 
     def prepare(self, batch: Batch | Sequence[Tensor]) -> None:
         """One dry forward of both models: check that batch and models fit the objectives, and create the adapters.
@@ -157,6 +163,8 @@ class Compose(Method):
         """A row a sample: of ``kd`` the likeliest classes, of other terms on logits all of them, of features the teacher's layers."""
         entries = {}
         pixel_values = _inputs(batch)["pixel_values"]
+        if not self.teacher_reads:
+            self._place_taps(pixel_values, None)
         for label, told in self._ask(pixel_values, self.objectives).items():
             term, samples = self.objectives[label.partition("@")[0]], len(pixel_values)
             if not isinstance(told, Tensor) or len(told) != samples or (isinstance(term, KD) and told.dim() != 2):
@@ -168,7 +176,6 @@ class Compose(Method):
 
     def _place_taps(self, pixel_values: Tensor, taught: Mapping[str, Any] | None) -> None:
         """Find out what each term reads of each model, and where its usual points are if it asks for those."""
-        self.student_reads, self.teacher_reads = {}, {}
         teacher = None if self.teacher is None else self.teacher.module
         for name, term in self.objectives.items():
             targets = term.targets("student", self.student, partial(_anatomy, self.student, pixel_values))
@@ -236,7 +243,7 @@ class Compose(Method):
             ("teacher", self.teacher_reads[name], teacher),
         ):
             for layer, feature in _tensors(name, reads, given):
-                if not isinstance(feature, Tensor):
+                if reads and not isinstance(feature, Tensor):
                     raise BadInput(
                         f"{name}: the {side}'s {layer!r} returns a {type(feature).__name__}; tap one that returns a tensor"
                     )

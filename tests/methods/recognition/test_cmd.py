@@ -180,6 +180,16 @@ def test_the_teacher_is_the_average_of_the_student():
     torch.testing.assert_close(made.average_heads.module["image"].directions, head + share)
 
 
+def test_the_teacher_normalises_as_the_student_where_it_is_asked_to():
+    batch = crop_batch(local=0)
+    follows, apart = method(), method(teacher_mode="eval")
+    taught, seen = looks(follows, batch)
+    torch.testing.assert_close(taught[0].scores, seen[0].scores)  # one set of weights, one batch
+    taught, seen = looks(apart, batch)
+    assert (taught[0].scores - seen[0].scores).abs().max() > 1e-3
+    assert not any(module.training for module in apart.average.modules())
+
+
 def test_crops_of_one_size_pass_together_in_order():
     made, batch = method().eval(), crop_batch()
     _, seen = looks(made, batch)

@@ -252,3 +252,12 @@ def test_bad_input():
         DualHead(torch.nn.Linear(3, 2), torch.nn.Linear(4, 2))
     with pytest.raises(BadInput, match="beta > 0"):
         DualHead(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)).mix(0.5, 0)
+
+
+def test_a_convolution_as_head():
+    conv, linear = torch.nn.Conv2d(8, CLASSES, 1), torch.nn.Linear(8, CLASSES)
+    head, pooled = DualHead(conv, linear), torch.rand(3, 8)
+    a, k = head.both(pooled[..., None, None])
+    torch.testing.assert_close(a, pooled @ conv.weight.flatten(1).T + conv.bias)
+    torch.testing.assert_close(k, linear(pooled))
+    assert torch.equal(head.both(pooled)[0], a)

@@ -47,6 +47,8 @@ class CMDConfig:
     all, >= 1. outputs: K >= 2 of the heads; hidden, bottleneck, layers: of their MLPs. student_temperature > 0;
     teacher_temperature: from, to > 0, over warmup_epochs. center_momentum, momentum: in [0, 1], of the centres and of the
     teacher's weights; the latter rises to 1 along a cosine. freeze_epochs: epochs for which the heads' last layer does not move.
+    teacher_mode: "train" normalises the teacher's crops by their own batch where it has BatchNorm, as DINO does and as the
+    student's are; "eval" by running statistics, and without dropout.
     """
 
     view: float = 0.5
@@ -66,6 +68,7 @@ class CMDConfig:
     center_momentum: float = 0.9
     momentum: float = 0.996
     freeze_epochs: int = 1
+    teacher_mode: Literal["train", "eval"] = "train"
 
     def __post_init__(self) -> None:
         for name in ("view", "region", "inter", "bag", "warmup_epochs", "freeze_epochs"):
@@ -133,8 +136,10 @@ class CMD(Recognition):
                 for name, width in sizes.items()
             }
         ).to(like)
-        self.average = EMATeacher(self.student, momentum=config.momentum, total=self.total_steps)
-        self.average_heads = EMATeacher(self.heads, momentum=config.momentum, total=self.total_steps)
+        self.average, self.average_heads = (
+            EMATeacher(part, momentum=config.momentum, total=self.total_steps, mode=config.teacher_mode)
+            for part in (self.student, self.heads)
+        )
 
     def crops(self, batch: Batch) -> list[Tensor]:
         """The crops of a batch, the large ones first."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from limbeck.errors import BadInput
 from limbeck.models.classifier import VIEW_FILE, WEIGHTS_FILE, Classifier
 from limbeck.models.libraries import as_dtype, one_line, quiet_bars, require
+from limbeck.models.prompts import class_weights
 from limbeck.naming import nearest
 
 Classes = int | Sequence[str]
@@ -138,7 +139,9 @@ def from_efficientnet_lite(
 def _keep_blocks(model: Any, count: int) -> None:
     """Leave of an EfficientNet of timm its stem, its first blocks, and a fresh head on the mean over positions."""
     if not 1 <= count <= len(model.blocks):
-        raise BadInput(f"options.blocks is {count!r}; this EfficientNet has {len(model.blocks)}: expected 1 to {len(model.blocks)}")
+        raise BadInput(
+            f"options.blocks is {count!r}; this EfficientNet has {len(model.blocks)}: expected 1 to {len(model.blocks)}"
+        )
     model.blocks = model.blocks[:count]
     model.conv_head, model.bn2 = nn.Identity(), nn.Identity()
     width = [module for module in model.blocks.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
@@ -230,7 +233,8 @@ def from_open_clip(
     scale = model.logit_scale.exp().item()
     if names:
         tokenize = open_clip.get_tokenizer(name)
-        weight = scale * text_weights(lambda texts: model.encode_text(tokenize(texts)), names, prompts)
+        with torch.no_grad():
+            weight = scale * class_weights(lambda texts: model.encode_text(tokenize(texts)), names, prompts).T
     else:
         weight = scale * F.normalize(torch.randn(count or 0, model.visual.output_dim), dim=-1)
     shown = open_clip.get_model_preprocess_cfg(model)
@@ -325,13 +329,6 @@ class ZeroShot(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.head(F.normalize(_pooled(self.image(pixel_values)), dim=-1))
-
-
-@torch.no_grad()
-def text_weights(encode: Callable[[list[str]], Tensor], classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """A unit vector a class, [K, D]: the mean of its prompts' unit embeddings, made a unit vector again (arXiv 2103.00020, 3.1.4)."""
-    rows = [F.normalize(encode([prompt.format(name) for prompt in prompts]), dim=-1).mean(0) for name in classes]
-    return F.normalize(torch.stack(rows), dim=-1)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -525,7 +522,8 @@ def _zero_shot(name: str, config: Any, names: Sequence[str], prompts: Sequence[s
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return _pooled(model.get_text_features(**tokens))
 
-    weight = model.logit_scale.exp().item() * text_weights(encode, names, prompts)
+    with torch.no_grad():
+        weight = model.logit_scale.exp().item() * class_weights(encode, names, prompts).T
     return ZeroShot(_ImageTower(model), weight)
 
 

@@ -18,7 +18,7 @@ from limbeck.data.images import Embedded, ImageRecord, LabelledImages, load_digi
 
 SIDE, DIGIT = 24, 8  # pixels
 _PLACE_SEED = 21  # of places and noise; changing it changes what every published number was measured on
-_SHADE, _RELIEF, _PERIOD = 0.3, 0.1, 6.0  # the body: mean brightness, and height and period (pixels) of its waves
+_SHADE = 0.3  # brightness of the body
 
 
 class HiddenDigits(Embedded):
@@ -32,9 +32,9 @@ class HiddenDigits(Embedded):
 
 
 def body() -> NDArray[np.float64]:
-    """A weave that looks the same everywhere, so that it does not tell where the digit is: [24, 24] in 0..1."""
-    wave = np.cos(2 * np.pi * np.arange(SIDE) / _PERIOD)
-    return _SHADE + _RELIEF * wave[:, None] * wave[None, :]
+    """A disc of one shade, so that what is next to the digit does not tell where it is: [24, 24] in 0..1."""
+    across = np.arange(SIDE) - (SIDE - 1) / 2
+    return np.where(np.hypot(across[:, None], across[None, :]) <= SIDE / 2, _SHADE, 0.0)
 
 
 def load_hidden_digits(chosen: HiddenDigits, split: Split) -> LabelledImages:
@@ -56,11 +56,11 @@ def load_hidden_digits(chosen: HiddenDigits, split: Split) -> LabelledImages:
 def hidden(
     ink: NDArray[np.float64], draw: np.random.Generator, *, noise: float = 0.05, contrast: float = 1.0
 ) -> NDArray[np.uint8]:
-    """A digit [8, 8] in 0..1 at a random place on the body, covering it: [24, 24]."""
+    """A digit [8, 8] in 0..1 drawn at a random place on the body: [24, 24]."""
     canvas = body()
     top, left = draw.integers(0, SIDE - DIGIT + 1, size=2)
     patch = canvas[top : top + DIGIT, left : left + DIGIT]
-    patch[:] = (1 - contrast) * patch + contrast * ink
+    patch[:] = np.maximum(patch, contrast * ink)
     canvas += noise * draw.standard_normal(canvas.shape)
     return np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
 

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 from limbeck.engine import trainer
 from limbeck.engine.bench import as_markdown, bench, bench_all, benchable
+from limbeck.engine.cache import cache
 from limbeck.engine.recipe import load_recipe
 from limbeck.engine.run import evaluate_run, resume, run
 from limbeck.engine.task import build_task
 from limbeck.errors import BadInput
+from limbeck.methods.compose import Compose
 from limbeck.models.vision import load_classifier
 
 TEACHER = {"source": "tiny", "name": "cnn", "options": {"widths": [6, 12]}}
@@ -63,6 +65,36 @@ def test_a_run_ends_with_a_student_that_answers_as_it_was_measured(name, tmp_pat
         torch.testing.assert_close(load_classifier(tmp_path / "run" / "student").eval()(pictures), ours(pictures))
 
 
+def test_a_recipe_asks_its_teacher_once_for_all_arms_and_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "kept"))
+    spec = recipe(
+        {"name": "compose", "objectives": ["ce", "kd"]},
+        cache={"views": 2},
+        data={"source": "digits", "val_fraction": 0.8, "test_fraction": 0.05, "balance": "class", "augment": {"flip": True}},
+        arms=[{"name": "ce", "method": {"name": "compose", "objectives": ["ce"]}}],
+    )
+    asked = []
+    own = Compose.record
+    monkeypatch.setattr(Compose, "record", lambda self, batch, top_k: asked.append(1) or own(self, batch, top_k))
+    bench(spec, seeds=1, out=tmp_path / "bench", jobs=1, quiet=True)
+    once = len(asked)
+    [folder] = [path for path in (tmp_path / "kept" / "answers").iterdir() if path.is_dir()]
+    assert once > 0 and yaml.safe_load((tmp_path / "bench/compose/seed-0/recipe.yaml").read_text())["cache"] == str(folder)
+    assert "cache" in yaml.safe_load((tmp_path / "bench/ce/seed-0/recipe.yaml").read_text())
+    run({**spec, "train": {**spec["train"], "seed": 7, "lr": 1e-3}}, out=tmp_path / "again", quiet=True)
+    assert len(asked) == once, "another seed and learning rate ask nothing"
+    with pytest.raises(BadInput, match="draws the training data anew for each seed"):
+        bench({**spec, "data": {"source": "digits", "limit": 50}}, seeds=2, out=tmp_path / "drawn", quiet=True)
+
+
+@pytest.mark.parametrize("where", ["batch", "pairs"])
+def test_what_no_cache_can_hold_is_refused(where, tmp_path):
+    data = {"batch": {"source": "digits", "augment": {"flip": True, "where": "batch"}}, "pairs": RECIPES["dho"]["data"]}[where]
+    spec = recipe({"name": "compose", "objectives": ["ce", "kd"]}, data=data)
+    with pytest.raises(BadInput, match="a cache keeps answers to single pictures"):
+        cache(spec, out=tmp_path / "cache", quiet=True)
+
+
 @pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self"])
 def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeypatch):
     whole = run(RECIPES[name], out=tmp_path / "whole", quiet=True)
@@ -73,9 +105,10 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeyp
         if self.position.step == 4:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_save", interrupted)
-        run(RECIPES[name], out=tmp_path / "cut", quiet=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(RECIPES[name], out=tmp_path / "cut", quiet=True)
     resumed = resume(tmp_path / "cut", quiet=True)
     for key, value in whole.method.state_dict().items():
         torch.testing.assert_close(resumed.method.state_dict()[key], value, msg=key, rtol=0, atol=1e-6)

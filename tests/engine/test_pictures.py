@@ -38,6 +38,12 @@ def recipe(method=None, **changes):
 
 PARITY = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}
 FEW = {"source": "digits", "val_fraction": 0.05, "test_fraction": 0.05}
+SHIPPED = Path(__file__).parents[2] / "recipes"
+VIT = {
+    "source": "timm",
+    "name": "vit_tiny_patch16_224",
+    "options": {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2, "in_chans": 1},
+}
 RECIPES = {
     "compose": recipe(),
     "simkd": recipe({"name": "compose", "objectives": ["simkd"]}),
@@ -46,6 +52,17 @@ RECIPES = {
     "lelp": recipe({"name": "lelp", "subclasses": 3}, data={**FEW, "classes": PARITY, "limit": 120}),
     "dho": recipe({"name": "dho"}, data={**FEW, "shots": 5, "unlabelled": True, "limit": 120}),
     "prockd": recipe({"name": "prockd"}),
+    "makd": recipe(
+        {"name": "makd", "targets": "shuffled"},
+        teacher=None,
+        data={"source": "digits", "shots": 5, "answers": str(SHIPPED / "digits-aspects.json")},
+    ),
+    "dmae": recipe({"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}, teacher=None, student=VIT),
+    "cmd": recipe(
+        {"name": "cmd", "outputs": 16, "hidden": 16, "bottleneck": 8},
+        teacher=None,
+        data={**FEW, "limit": 120, "views": {"global_size": 8, "local_size": 4, "local_count": 2}},
+    ),
     "ema-self": recipe({"name": "ema-self"}, teacher=None),
 }
 

@@ -18,7 +18,7 @@ SMALL = 64  # pixels a side that pictures are taken to have which are not resize
 
 @dataclass
 class Pictures:
-    """Datasets by stage and by held-out split. reference: the labelled training pictures without augmentation.
+    """Datasets by stage and by held-out split. reference: the labelled training pictures as they are, with a teacher's answers.
 
     collate: joins their samples. classes: their names. skipped: broken pictures, by split.
     """
@@ -44,7 +44,8 @@ class Pictures:
             unlabelled = images.unlabelled
             paired = bool(unlabelled) and bool(images.labelled.records)
             data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
-            references[stage] = _dataset(images.labelled if paired else images, presented, False, None, spec)
+            plain = presented.model_copy(update={"augment": None, "views": None, "balance": "none"})
+            references[stage] = _dataset(images.labelled if paired else images, plain, True, None, spec)
         classes = data["train"].classes
         held_out: dict[str, ImageDataset] = {}
         others: tuple[Split, ...] = ("val", "test")

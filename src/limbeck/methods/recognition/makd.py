@@ -82,7 +82,11 @@ class MaKD(Recognition):
         """For shuffled targets: give every sample the answers of the next one in the order of the ids' hashes."""
         if self.config.targets != "shuffled":
             return
-        answers = {str(name): row for batch in batches for name, row in zip(batch["ids"], batch["aspects"], strict=True)}
+        answers: dict[str, Tensor] = {}
+        for batch in batches:
+            if "aspects" not in batch:
+                raise BadInput("shuffled targets need the answers about all training data, and what is surveyed has none")
+            answers.update(zip(map(str, batch["ids"]), batch["aspects"], strict=True))
         order = sorted(answers, key=number_of)
         self.of_others = {name: answers[other] for name, other in zip(order, [*order[1:], *order[:1]], strict=True)}
 

@@ -556,3 +556,17 @@ def test_another_package_may_add_a_source(monkeypatch):
     assert ids({"source": "mine", "count": 6, "classes": ["b"]}) == ["1", "3", "5"]
     assert load_images({"source": "mine"}, "test").records == []
     assert "mine has no training pictures" in refused({"source": "mine", "count": 0})
+
+
+def test_parts_share_no_picture_and_are_the_whole_together():
+    whole = {record.id for record in load_images({"source": "digits"}, "train").records}
+    low, high = (
+        {r.id for r in load_images({"source": "digits", "part": part, "seed": 3}, "train").records}
+        for part in ([0, 0.25], [0.25, 1])
+    )
+    assert not low & high and low | high == whole
+    assert (
+        load_images({"source": "digits", "part": [0, 0.25]}, "test").records == load_images({"source": "digits"}, "test").records
+    )
+    with pytest.raises(BadInput, match="two shares with the lesser first"):
+        load_images({"source": "digits", "part": [0.5, 0.5]}, "train")

@@ -86,6 +86,7 @@ class Selection(Settings):
     """What every source understands. All but ``classes`` and ``max_broken`` concern the training split alone, in this order:
 
     classes: the names of the classes to keep, in this order, or new name -> names of the classes that it merges; of every split.
+    part: [from, to]: a share of each class, the same whatever the seed; a teacher and a student of two parts share no picture.
     limit: at most so many pictures, in the classes' own proportions.
     imbalance: a long tail: class c of C keeps n * imbalance^(-c / (C - 1)) pictures, n as many as the classes allow.
     shots, labelled_fraction: the labelled pictures of each class, as a number or a share (at least one). The others are dropped or,
@@ -95,6 +96,7 @@ class Selection(Settings):
     """
 
     classes: tuple[Name, ...] | dict[Name, tuple[Name, ...]] | None = None
+    part: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
     imbalance: Annotated[float, Field(ge=1)] | None = None
     shots: Annotated[int, Field(gt=0)] | None = None
@@ -105,6 +107,8 @@ class Selection(Settings):
 
     @model_validator(mode="after")
     def _one_choice_of_labels(self) -> Self:
+        if self.part and self.part[0] >= self.part[1]:
+            raise ValueError("part is [from, to], two shares with the lesser first")
         if self.shots and self.labelled_fraction:
             raise ValueError("give shots or labelled_fraction, not both")
         if self.unlabelled and not (self.shots or self.labelled_fraction):
@@ -789,6 +793,8 @@ def _with_classes(images: LabelledImages, wanted: Sequence[Name] | Mapping[Name,
 def _selected(images: LabelledImages, chosen: Selection) -> LabelledImages:
     """The training pictures that are asked for, in their own order."""
     records = images.records
+    if chosen.part is not None:
+        records = _part(records, *chosen.part)
     if chosen.limit is not None:
         records = _limited(records, chosen.limit, chosen.seed)
     if chosen.imbalance is not None:
@@ -809,6 +815,13 @@ def _by_class(records: Sequence[ImageRecord], seed: int) -> dict[int, list[int]]
     return {
         label: np.random.default_rng([seed, max(label, -1) + 1]).permutation(members[label]).tolist() for label in sorted(members)
     }
+
+
+def _part(records: Sequence[ImageRecord], low: float, high: float) -> list[ImageRecord]:
+    shares = [
+        members[round(low * len(members)) : round(high * len(members))] for members in _by_class(records, _POOL_SEED).values()
+    ]
+    return [records[position] for position in sorted(position for share in shares for position in share)]
 
 
 def _limited(records: Sequence[ImageRecord], limit: int, seed: int) -> list[ImageRecord]:

@@ -178,6 +178,8 @@ def test_bad_input():
         method({**batch, "aspects": torch.rand(6)})
     with pytest.raises(BadInput, match=r"outside 0\.\.1"):
         method({**batch, "aspects": batch["aspects"] + 1})
+    with pytest.raises(BadInput, match="what is surveyed has none"):
+        method(targets="shuffled").survey([{"ids": ["a"]}])
     with pytest.raises(BadInput, match="alpha"):
         configure(MaKD, {"alpha": -1})
     with pytest.raises(BadInput, match="targets"):

@@ -15,7 +15,7 @@ import yaml
 
 from limbeck.cli.main import main
 
-COMMANDS = ("list", "show", "run", "resume", "cache", "evaluate", "bench", "compare", "probe", "taps")
+COMMANDS = ("list", "show", "run", "resume", "cache", "evaluate", "bench", "compare", "probe", "export", "taps", "synth")
 
 
 @pytest.fixture

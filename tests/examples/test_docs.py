@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from limbeck.cli.main import app
 from limbeck.data import loading
+from limbeck.data.images import IMAGE_SOURCES
 from limbeck.engine.config import Select, StageConfig, TrainConfig
 from limbeck.engine.plan import Assumptions
 from limbeck.engine.recipe import Arm, DataSpec, MethodSpec, ModelSpec, Recipe, load_recipe, shipped_recipes
@@ -29,7 +30,10 @@ from tests.examples.test_own_pair import ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, click.Command] = {}
+for _name, _command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    COMMANDS |= {f"{_name} {part}": inner for part, inner in getattr(_command, "commands", {}).items()} or {_name: _command}
+"""By what is typed after ``limbeck``; of a group, its parts."""
 
 SHORTER = {
     "index.md": {"epochs=2": "steps=2"},
@@ -123,8 +127,14 @@ def test_every_key_of_a_recipe_is_documented_with_its_default(heading, model, el
 
 def test_every_data_source_and_shipped_recipe_is_documented():
     page = text("recipes.md")
-    assert all(f"`{source}`" in page for source in loading.SOURCES)
-    assert all(f"`{name}`" in page for name in shipped_recipes())
+    assert not [source for source in (*loading.SOURCES, *IMAGE_SOURCES) if f"`{source}`" not in page]
+    assert not [name for name in shipped_recipes() if f"`{name}`" not in page]
+
+
+@pytest.mark.parametrize("source", IMAGE_SOURCES)
+def test_every_key_of_pictures_is_documented(source):
+    page = text("images.md")
+    assert not [key for key in IMAGE_SOURCES[source].settings.model_fields if f"`{key}`" not in page]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -172,7 +182,7 @@ def shell_lines() -> list[tuple[str, str]]:
         for page in PAGES
         for language in ("sh", "bash")
         for _, code in blocks(str(page.relative_to(DOCS)), language)
-        for line in code.splitlines()
+        for line in re.sub(r"\\\n\s*", "", code).splitlines()
         if line.startswith("limbeck ") and "--version" not in line
     ]
 
@@ -180,6 +190,8 @@ def shell_lines() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), shell_lines())
 def test_every_command_line_in_the_docs_is_one_that_limbeck_takes(page, line):
     _, name, *arguments = shlex.split(line)
+    if name not in COMMANDS:
+        name = f"{name} {arguments.pop(0)}"
     context = COMMANDS[name].make_context(name, list(arguments))
     if name not in ("run", "bench"):
         return

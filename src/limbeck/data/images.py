@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from limbeck.data.embedded.digit_scenes import SPLITS, Split
+from limbeck.data.embedded.hidden_digits import PLACE_SEED, hidden
 from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, StoredImage, read_arrow, row_group, row_id
 from limbeck.data.loading import Check, Settings, datasets_library, faulty, hashed, reported
 from limbeck.data.records import ImageSource
@@ -141,6 +142,16 @@ class Elpv(Embedded):
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     cell_type: Literal["mono", "poly", "both"] = "both"
+
+
+class HiddenDigits(Embedded):
+    """copies: pictures of each training digit, each at another place; held-out digits have one. noise: standard deviation of the
+    pixels' noise, as a share of the range from black to white. contrast: of the digit against the body that it covers, in (0,
+    1]."""
+
+    copies: Annotated[int, Field(ge=1)] = 1
+    noise: Annotated[float, Field(ge=0)] = 0.05
+    contrast: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class UserImages(Pooled):
@@ -429,6 +440,23 @@ def load_digits(chosen: Embedded, split: Split) -> LabelledImages:
     return _embedded("digits", pictures, labels, chosen, split)
 
 
+def load_hidden_digits(chosen: HiddenDigits, split: Split) -> LabelledImages:
+    """``hidden-digits``: those of ``digits``, each somewhere on a body that all pictures share, 24x24; see `embedded.hidden_digits`.
+
+    The same on every machine. Ids are ``hidden-digits/<digit>-<copy>``.
+    """
+    digits = load_digits(chosen, split)
+    records = []
+    for record in digits.records:
+        assert isinstance(record.image, Image.Image)
+        number = int(record.id.rpartition("/")[2])
+        ink = np.asarray(record.image) / 255
+        for copy in range(chosen.copies if split == "train" else 1):
+            picture = hidden(ink, np.random.default_rng([PLACE_SEED, number, copy]), noise=chosen.noise, contrast=chosen.contrast)
+            records.append(ImageRecord(f"hidden-digits/{number}-{copy}", Image.fromarray(picture), record.label))
+    return LabelledImages(records, digits.classes)
+
+
 def load_elpv(chosen: Elpv, split: Split) -> LabelledImages:
     """``elpv``: 2,624 electroluminescence photographs of solar cells, 300x300, grey, of 44 modules, in the package elpv-dataset.
 
@@ -463,6 +491,7 @@ register_image_source("hf", Hub, load_hf)
 register_image_source("webdataset", Shards, load_webdataset)
 register_image_source("mnist-5k", Embedded, load_mnist_5k)
 register_image_source("digits", Embedded, load_digits)
+register_image_source("hidden-digits", HiddenDigits, load_hidden_digits)
 register_image_source("elpv", Elpv, load_elpv)
 
 

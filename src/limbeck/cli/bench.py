@@ -69,7 +69,7 @@ def print_scores(result: dict[str, Any]) -> None:
         )
         for row in result["rows"]
     ]
-    head = ("system", "control", "metric", "system", "control", "gain", "95 % interval", "seconds, all arms")
+    head = ("system", "control", "metric", "with the system", "with the control", "gain", "95 % interval", "seconds, all arms")
     print_table(head, rows, right=(3, 4, 5, 7))
     for name, reason in result["failed"].items():
         print(f"not benched: {name}: {reason}")

@@ -165,7 +165,7 @@ def scores(name: str, metric: str, result: Mapping[str, Any]) -> list[dict[str, 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The scoreboard as a table; a gain whose interval lies above 0 is bold."""
     lines = [
-        "| system | control | metric | system | control | gain | 95 % interval | seeds | seconds, all arms |",
+        "| system | control | metric | with the system | with the control | gain | 95 % interval | seeds | seconds, all arms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

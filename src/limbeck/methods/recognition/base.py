@@ -28,7 +28,8 @@ class Recognition(Method):
             if self.needs_teacher:
                 raise BadInput(f"method {self.name!r} needs a teacher: add `teacher:` to the recipe")
             return
-        self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(Classifier.of(teacher))
+        frozen = FrozenTeacher.of(teacher)
+        self.teacher = frozen if isinstance(frozen.module, Classifier) else FrozenTeacher(Classifier.of(frozen.module))
         shared = {id(p) for p in self.teacher.module.parameters()} & {id(p) for p in self.student.parameters()}
         if shared:
             raise BadInput("teacher and student share parameters, and a teacher's are frozen: give each its own (copy.deepcopy)")

@@ -96,7 +96,7 @@ def test_cache_and_a_run_from_it(limbeck, recipe_file, refused, tmp_path):
     refused(
         "run", recipe_file, *kd, "--cache", folder, "--method.temperature", 2, says="method.temperature is 1.0 in the cache, 2"
     )
-    refused("bench", recipe_file, *kd, "--cache", folder, "--seeds", 2, says="bench draws new digit-scenes for each seed")
+    refused("bench", recipe_file, *kd, "--cache", folder, "--seeds", 2, says="bench draws the training data anew for each seed")
     refused(
         "bench",
         recipe_file,

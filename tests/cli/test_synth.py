@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import yaml
 
-from limbeck.cli.main import main
 from limbeck.models.loading import quiet_bars
 from limbeck.models.tiny import digit_vlm
 from tests.synth.server import serving
@@ -16,23 +14,6 @@ from tests.synth.server import serving
 pytest.importorskip("openai")
 
 KEY = "sk-very-secret-0123456789"
-
-
-@pytest.fixture
-def limbeck(monkeypatch, capsys):
-    """Run one command in this process; returns (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as leave:
-            status = leave.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

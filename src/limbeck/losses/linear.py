@@ -37,7 +37,7 @@ from limbeck.losses.logits import Divergence as Kind
 from limbeck.losses.top_k import TopK, teacher_buckets
 
 NOTHING = -1e30  # the logit of an id at -inf: finite, also divided by a temperature
-LEAST_ROWS = 128  # of a chunk: with fewer, the matrix products wait for the weights
+LEAST_ROWS = 192  # of a chunk: with fewer, the matrix products wait for the weights
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 """Bytes of one side's chunk of logits, where that is more than `LEAST_ROWS`."""
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
@@ -481,7 +481,9 @@ class _Pass:
         row = max(self._width(side) for side in job.sides) * self.dtype.itemsize
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         least, budget = (1, job.chunk_bytes) if job.chunk_bytes else (LEAST_ROWS, CHUNK_BYTES[kind])
-        self.chunk = max(1, min(self.length, max(least, budget // row)))
+        most = max(least, budget // row)
+        chunks = max(1, -(-self.length // most))  # of equal size: a small last one would take as long as a large one
+        self.chunk = max(1, -(-self.length // chunks))
         self.block_bytes = BLOCK_BYTES[kind]
         self.block = max(1, self.block_bytes // row)
         self.buffers = [torch.empty(self.chunk, self._width(side), dtype=self.dtype, device=self.device) for side in job.sides]

@@ -84,14 +84,14 @@ def kl_divergence(
     check_same_shape(student_logits, teacher_logits)
     check_divergence(temperature, kind, beta)
 
-    student, teacher = student_logits, teacher_logits.detach()
+    student, teacher = student_logits, teacher_logits
     if mask is not None:
         check_mask(student, mask)
         student, teacher = select(student, mask), select(teacher, mask)
     scale = temperature**2 if scale_by_t2 else 1.0
     if reduction in ("mean", "sum") and (kind == "forward" or (kind == "jsd" and beta == 0)):
         return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
-    log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
+    log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher.detach(), temperature)
     return divergence_of_log_probs(log_q, log_p, kind=kind, beta=beta, scale=scale, mask=mask, reduction=reduction)
 
 
@@ -147,7 +147,7 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
-        log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
+        log_q, log_p = (_log_softmax(logits, temperature).clamp_min_(LOG_ZERO) for logits in (student, teacher))
         p = log_p.exp()
         loss = log_p.sub_(log_q).mul_(p).sum() * scale
         if ctx.needs_input_grad[0]:
@@ -168,8 +168,12 @@ def _saved_once(ctx: Any, upstream: Tensor) -> Tensor:
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [..., V]; those of ids at -inf are finite, so that 0 * log 0 is 0 and not NaN."""
+    return _log_softmax(logits, temperature).clamp_min(LOG_ZERO)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = upcast(logits)
-    return (logits / temperature if temperature != 1 else logits).log_softmax(-1).clamp_min(LOG_ZERO)
+    return (logits / temperature if temperature != 1 else logits).log_softmax(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor, reduction: Literal["sum", "none"]) -> Tensor:

@@ -246,7 +246,6 @@ def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
         result = {"validation": validation, "test": test, "seconds": seconds, "steps": trainer.total_steps, **costs(task)}
         write_atomically(folder / "result.json", json.dumps(result, indent=1))
     trainer.accelerator.wait_for_everyone()
-    trainer.progress.note(f"student: {folder / 'student'}")
     return Run(folder, task.method, validation, test)
 
 

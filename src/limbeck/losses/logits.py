@@ -16,6 +16,7 @@ Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
 
 IGNORE = -100
 """The label of a position without supervision, as in PyTorch and transformers."""
+SUM = 2  # at::Reduction::Sum
 
 
 def cross_entropy(
@@ -41,10 +42,10 @@ def cross_entropy(
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE)
     rows, classes = (logits, labels) if logits.dim() == 2 else (logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    if reduction == "mean" and rows.device.type == "cpu" and len(classes) and int(classes.max()) >= 0:
-        return F.cross_entropy(
-            upcast(rows), classes, label_smoothing=label_smoothing, ignore_index=IGNORE
-        )  # over something: no 0 / 0
+    if reduction == "mean" and not label_smoothing:
+        # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
+        total, count = torch.ops.aten.nll_loss_forward.default(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
+        return total / count.clamp_min(1)
     values = F.cross_entropy(
         upcast(rows),
         classes,

@@ -16,7 +16,7 @@ Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
 
 IGNORE = -100
 """The label of a position without supervision, as in PyTorch and transformers."""
-SUM = 2  # at::Reduction::Sum
+MEAN = 1  # at::Reduction::Mean
 
 
 def cross_entropy(
@@ -43,9 +43,9 @@ def cross_entropy(
         labels = labels.masked_fill(~mask, IGNORE)
     rows, classes = (logits, labels) if logits.dim() == 2 else (logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
     if reduction == "mean" and not label_smoothing:
-        # torch's own mean over nothing is 0 / 0; the operator under it also gives the count
-        total, count = torch.ops.aten.nll_loss_forward.default(upcast(rows).log_softmax(-1), classes, None, SUM, IGNORE)
-        return total / count.clamp_min(1)
+        mean, count = torch.ops.aten.nll_loss_forward.default(upcast(rows).log_softmax(-1), classes, None, MEAN, IGNORE)
+        mean.detach().masked_fill_(count.logical_not(), 0)  # over nothing it is 0 / 0, and its gradient 0 already
+        return mean
     values = F.cross_entropy(
         upcast(rows),
         classes,

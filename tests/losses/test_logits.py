@@ -120,6 +120,7 @@ def test_only_the_student_gets_gradient_and_masked_positions_contribute_nothing(
     assert teacher.grad is None
     assert not student.grad[~mask].any()
     assert student.grad[mask].any()
+    assert not kl_divergence(student.detach(), teacher, kind=kind, mask=mask).requires_grad
     by_position = kl_divergence(student, teacher, kind=kind, mask=mask, reduction="none")
     assert not by_position[~mask].any()
     torch.testing.assert_close(by_position.sum(), kl_divergence(student, teacher, kind=kind, mask=mask, reduction="sum"))

@@ -84,14 +84,14 @@ def kl_divergence(
     check_same_shape(student_logits, teacher_logits)
     check_divergence(temperature, kind, beta)
 
-    student, teacher = student_logits, teacher_logits
+    student, teacher = student_logits, teacher_logits.detach()
     if mask is not None:
         check_mask(student, mask)
         student, teacher = select(student, mask), select(teacher, mask)
     scale = temperature**2 if scale_by_t2 else 1.0
     if reduction in ("mean", "sum") and (kind == "forward" or (kind == "jsd" and beta == 0)):
         return _ForwardKL.apply(student, teacher, temperature, scale / _positions(student) if reduction == "mean" else scale)
-    log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher.detach(), temperature)
+    log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
     return divergence_of_log_probs(log_q, log_p, kind=kind, beta=beta, scale=scale, mask=mask, reduction=reduction)
 
 

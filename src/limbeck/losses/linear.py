@@ -37,9 +37,10 @@ from limbeck.losses.logits import Divergence as Kind
 from limbeck.losses.top_k import TopK, teacher_buckets
 
 NOTHING = -1e30  # the logit of an id at -inf: finite, also divided by a temperature
-LEAST_ROWS = 192  # of a chunk: with fewer, the matrix products wait for the weights
+CHUNK_ROWS = 192
+"""Positions of a chunk: with fewer, the matrix products wait for the weights."""
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
-"""Bytes of one side's chunk of logits, where that is more than `LEAST_ROWS`."""
+"""Bytes of one side's chunk of logits, where they hold more than `CHUNK_ROWS`."""
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 """Elementwise work goes through a chunk in blocks of this size: on a CPU they stay in the cache of a core."""
 BLOCKS = 6  # that a term holds at once
@@ -480,10 +481,8 @@ class _Pass:
         self.values = [torch.zeros((), dtype=self.dtype, device=self.device) for _ in job.terms]
         row = max(self._width(side) for side in job.sides) * self.dtype.itemsize
         kind = "cpu" if self.device.type == "cpu" else "cuda"
-        least, budget = (1, job.chunk_bytes) if job.chunk_bytes else (LEAST_ROWS, CHUNK_BYTES[kind])
-        most = max(least, budget // row)
-        chunks = max(1, -(-self.length // most))  # of equal size: a small last one would take as long as a large one
-        self.chunk = max(1, -(-self.length // chunks))
+        most = max(1, job.chunk_bytes // row) if job.chunk_bytes else max(CHUNK_ROWS, CHUNK_BYTES[kind] // row)
+        self.chunk = max(1, _equal(self.length, most))
         self.block_bytes = BLOCK_BYTES[kind]
         self.block = max(1, self.block_bytes // row)
         self.buffers = [torch.empty(self.chunk, self._width(side), dtype=self.dtype, device=self.device) for side in job.sides]
@@ -630,8 +629,14 @@ def workspace_bytes(rows: int, vocabularies: Sequence[int]) -> int:
     """Bytes that `losses` holds on a GPU beside its results: a chunk of float32 logits and its half-precision copy for every head that is
     read, and the blocks of elementwise work."""
     row = 4 * max(vocabularies)
-    chunk = min(rows, max(LEAST_ROWS, CHUNK_BYTES["cuda"] // row))
+    chunk = _equal(rows, max(CHUNK_ROWS, CHUNK_BYTES["cuda"] // row))
     return sum(6 * chunk * size for size in vocabularies) + BLOCKS * min(BLOCK_BYTES["cuda"], chunk * row)
+
+
+def _equal(positions: int, most: int) -> int:
+    """Positions of a chunk, where all are to be of one size, ``most`` at the most: a small last one would take as long as a large one."""
+    chunks = max(1, -(-positions // most))
+    return -(-positions // chunks)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

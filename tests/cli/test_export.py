@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import onnxruntime
@@ -14,7 +13,6 @@ import yaml
 from PIL import Image
 
 import limbeck
-from limbeck.cli.main import main
 from limbeck.data.images import load_images
 from limbeck.data.views import ImageDataset
 from limbeck.engine.export import export, trained
@@ -30,19 +28,12 @@ RECIPE = {
 
 
 @pytest.fixture
-def exports(monkeypatch, capfd):
-    """Run ``limbeck export`` in this process; returns (exit status, standard output, standard error)."""
+def exports(command, capfd):
+    """``limbeck export``, with what native code prints, too."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", "export", *map(str, arguments)])
         capfd.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as leave:
-            status = leave.code or 0
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
+        return command(capfd, "export", *arguments)
 
     return call
 

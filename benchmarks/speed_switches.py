@@ -1,4 +1,5 @@
-"""What ``train.group_by_length`` and ``train.compile`` save: a small LLaVA pair on questions whose answers differ much in length.
+"""What ``train.group_by_length`` and ``train.compile`` save: a small LLaVA pair on questions whose answers differ much in length; and what
+``train.channels_last`` saves: a step of labels and KD between convolutional classifiers of timm.
 
     python benchmarks/speed_switches.py --json speed_switches.json
     python benchmarks/speed_switches.py --tiny                      # the same code in seconds
@@ -31,10 +32,18 @@ from limbeck.data.records import VQARecord
 from limbeck.data.vlm import VQACollator, VQADataset
 from limbeck.engine.batches import StepSampler, sample_lengths, training_loader
 from limbeck.engine.compiling import Compiled
+from limbeck.engine.config import TrainConfig
+from limbeck.engine.trainer import place
+from limbeck.models.loading import load
 from limbeck.models.tiny import digit_vlm
 from limbeck.models.vlm import VLM
 
 SIZES = {"vision_width": 128, "vision_layers": 3, "text_width": 256, "text_layers": 4, "heads": 4}
+CLASSIFIERS = {  # teacher, student, pixels a side
+    "efficientnet_lite0 > mobilenetv3_small": ("tf_efficientnet_lite0", "mobilenetv3_small_100", 128),
+    "resnet34 > resnet18": ("resnet34", "resnet18", 96),
+    "convnext_pico > convnext_atto": ("convnext_pico", "convnext_atto", 96),
+}
 TINY = {"vision_width": 16, "vision_layers": 2, "text_width": 16, "text_layers": 2, "heads": 2}
 
 
@@ -74,6 +83,28 @@ def seconds(method: lb.Method, batches: list[Batch], device: torch.device) -> fl
     return time.perf_counter() - start
 
 
+def step_by_order(teacher: str, student: str, side: int, samples: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step with the weights of convolutions in torch's usual order and in channels-last order, in turns."""
+    batch = {
+        "pixel_values": torch.rand(samples, 3, side, side),
+        "labels": torch.arange(samples) % 10,
+        "ids": list(range(samples)),
+    }
+    methods = {}
+    for order in ("usual", "channels last"):
+        pair = (load({"source": "timm", "name": name, "classes": 10}) for name in (teacher, student))
+        methods[order] = lb.compose(*pair, ["ce", "kd"])
+        for module in (methods[order], methods[order].teacher.module):
+            place(module, device, TrainConfig(channels_last=order != "usual"))
+        methods[order].prepare(send_to_device(batch, device))
+        seconds(methods[order], [batch], device)
+    times: dict[str, list[float]] = {order: [] for order in methods}
+    for _ in range(repeats):
+        for order, method in methods.items():
+            times[order].append(seconds(method, [batch], device))
+    return {order: 1e3 * statistics.median(of) for order, of in times.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
@@ -107,11 +138,16 @@ def main(arguments: list[str] | None = None) -> None:
             steps["eager"].append(seconds(method, [one], device))
     compiled.close()
 
+    classifiers = {
+        name: step_by_order(*names, side // 2 if given.tiny else side, 4 if given.tiny else 32, 2 * given.repeats, device)
+        for name, (*names, side) in CLASSIFIERS.items()
+    }
     result: dict[str, Any] = {
         "padding": {name: padded(batches) for name, batches in ways.items()},
         "epoch_seconds": {name: statistics.median(times) for name, times in epochs.items()},
         "step_ms": {name: 1e3 * statistics.median(times) for name, times in steps.items()},
         "compiling_seconds": compiling,
+        "classifier_step_ms": classifiers,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"limbeck": lb.__version__},
@@ -119,6 +155,9 @@ def main(arguments: list[str] | None = None) -> None:
     for what, unit in (("padding", ""), ("epoch_seconds", " s"), ("step_ms", " ms")):
         print(f"{what.replace('_', ' ')}: " + ", ".join(f"{name} {value:.3g}{unit}" for name, value in result[what].items()))
     print(f"compiling: {compiling:.0f} s, on {result['device']}, {result['threads']} thread(s)")
+    for name, times in classifiers.items():
+        ratio = times["channels last"] / times["usual"]
+        print(f"a step of {name}: {times['usual']:.0f} ms, channels last {times['channels last']:.0f} ms ({ratio:.2f})")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1))
 

@@ -65,6 +65,8 @@ RECIPES = {
     ),
     "ema-self": recipe({"name": "ema-self"}, teacher=None),
 }
+CHANNELS_LAST = recipe()
+CHANNELS_LAST["train"]["channels_last"] = True
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -112,9 +114,10 @@ def test_what_no_cache_can_hold_is_refused(where, tmp_path):
         cache(spec, out=tmp_path / "cache", quiet=True)
 
 
-@pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self"])
+@pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self", "channels-last"])
 def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeypatch):
-    whole = run(RECIPES[name], out=tmp_path / "whole", quiet=True)
+    spec = CHANNELS_LAST if name == "channels-last" else RECIPES[name]
+    whole = run(spec, out=tmp_path / "whole", quiet=True)
     own = trainer.Trainer._save
 
     def interrupted(self, model, optimizer):
@@ -125,10 +128,21 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(RECIPES[name], out=tmp_path / "cut", quiet=True)
+            run(spec, out=tmp_path / "cut", quiet=True)
     resumed = resume(tmp_path / "cut", quiet=True)
     for key, value in whole.method.state_dict().items():
         torch.testing.assert_close(resumed.method.state_dict()[key], value, msg=key, rtol=0, atol=1e-6)
+
+
+def test_channels_last_trains_the_same_student(tmp_path):
+    plain, other = (
+        run(spec, out=tmp_path / name, quiet=True) for name, spec in (("plain", RECIPES["compose"]), ("last", CHANNELS_LAST))
+    )
+    for model in (other.student, other.method.teacher.module):
+        kernels = [weight for weight in model.parameters() if weight.dim() == 4 and weight.shape[1] > 1 and weight.shape[-1] > 1]
+        assert kernels and all(weight.stride(1) == 1 for weight in kernels)
+    for key, value in plain.method.state_dict().items():
+        torch.testing.assert_close(other.method.state_dict()[key], value, msg=key, rtol=1e-3, atol=1e-4)
 
 
 def test_training_moves_nothing_of_the_teacher(tmp_path):

@@ -39,7 +39,7 @@ from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import CacheSpec, Recipe, load_recipe
 from limbeck.engine.task import Task, build_task, cache_folder, check_cacheable, data_specs, learns_from_teacher, taught_stages
 from limbeck.engine.taught import drawn, matches, sample_ids, seal
-from limbeck.engine.trainer import PRECISION, forget_accelerator
+from limbeck.engine.trainer import PRECISION, forget_accelerator, place
 from limbeck.errors import BadInput
 from limbeck.losses.top_k import TopK
 from limbeck.models.vlm import VLM
@@ -102,7 +102,7 @@ def cache(
     workers = worker_count(recipe.train.workers, accelerator.device)
     task.method.eval()
     for teacher in task.method.teachers():
-        teacher.to(accelerator.device)
+        place(teacher.module, accelerator.device, recipe.train)
 
     def ask(batch: Batch, top_k: int) -> dict[str, Rows]:
         with torch.no_grad(), accelerator.autocast():

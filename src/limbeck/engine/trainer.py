@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from limbeck.engine.batches import (
     EVALUATION_BATCH,
@@ -168,9 +169,8 @@ class Trainer:
         """Place everything, look at one batch, and let the method check it. Raises before anything is trained or written."""
         torch.manual_seed(self.config.seed)
         device = self.accelerator.device
-        self.method.to(device)
+        self._place()
         for teacher in self.method.teachers():
-            teacher.to(device)
             teacher.overlap = self.config.overlap_teacher
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
@@ -182,12 +182,17 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             self.method.eval()
             self.method.prepare(batch)
-        self.method.to(device)
+        self._place()
         self._survey(first.dataset if self.reference is None else self.reference)
         self._rehearse(batch)
         if self.config.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
             self.ema = torch.optim.swa_utils.AveragedModel(self.method.student, multi_avg_fn=average, use_buffers=True)
+
+    def _place(self) -> None:
+        """Put the method and its teachers where they train, and their convolutions' weights in the order asked for."""
+        for module in (self.method, *(teacher.module for teacher in self.method.teachers())):
+            place(module, self.accelerator.device, self.config)
 
     def _survey(self, dataset: Any) -> None:
         """Show a method that asks for it the whole training data."""
@@ -675,6 +680,13 @@ def enable_gradient_checkpointing(student: nn.Module) -> None:
     switch({"use_reentrant": False})
 
 
+def place(module: nn.Module, device: torch.device, config: TrainConfig) -> None:
+    """Put a module on the device, and its convolutions' weights in the order that ``channels_last`` asks for."""
+    module.to(device)
+    if config.channels_last:
+        convert_conv2d_weight_memory_format(module, torch.channels_last)
+
+
 def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients cross processes with the last micro-batch of a step only."""
     return nullcontext() if last else accelerator.no_sync(model)
@@ -698,9 +710,20 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     if is_sharded(model):
         set_optimizer_state_dict(model, optimizer, states, options=replace(FULL, strict=False))
         return
-    names = ordered_names(model, optimizer)
-    state = {index: states["state"][name] for index, name in enumerate(names) if name in states["state"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {key: laid_out_as(parameters[index], value) for key, value in states["state"][name].items()}
+        for index, name in enumerate(ordered_names(model, optimizer))
+        if name in states["state"]
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """A value of an optimiser's state in the memory order of its parameter: fused kernels read both as they lie in memory."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def ordered_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -736,7 +759,7 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config (configs/accelerate)")
-    for key, given in (("ema", config.ema), ("diagnose_every", config.diagnose_every)):
+    for key, given in (("ema", config.ema), ("diagnose_every", config.diagnose_every), ("channels_last", config.channels_last)):
         if accelerator.is_fsdp2 and given:
             raise BadInput(f"train.{key} does not work on sharded weights (FSDP2): leave it out, or launch with DDP")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def hint(
     """
     if mask is None and reduction == "mean" and student_features.numel():
         check_same_shape(student_features, teacher_features)
-        return F.mse_loss(upcast(student_features), upcast(teacher_features.detach()))  # the same mean, in one kernel
+        return torch.ops.aten.mse_loss(upcast(student_features), upcast(teacher_features.detach()))  # the same mean, in one kernel
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
     return reduce((student - teacher).square().mean(dim), mask, reduction)
 

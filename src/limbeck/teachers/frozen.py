@@ -21,19 +21,18 @@ class FrozenTeacher:
     sees it. Calling it runs without gradient. A route that needs gradient *through* the teacher (the visual switch) uses
     ``teacher.module`` directly: its parameters still require none.
 
-    dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. spec: how to rebuild it, kept in the run folder.
-    overlap: on a GPU, `aside` lets the teacher's work run beside the student's.
+    dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. overlap: on a GPU, `aside` lets the
+    teacher's work run beside the student's.
     """
 
     overlap = False
 
-    def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None, spec: dict[str, Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, FrozenTeacher):
             raise TypeError("this teacher is frozen already: pass the FrozenTeacher itself, or its .module")
         self.module = module.eval().requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype)
-        self.spec = spec or {}
         self._stream: torch.cuda.Stream | None = None
 
     @classmethod

@@ -27,7 +27,9 @@ def hint(
     """
     if mask is None and reduction == "mean" and student_features.numel():
         check_same_shape(student_features, teacher_features)
-        return torch.ops.aten.mse_loss(upcast(student_features), upcast(teacher_features.detach()))  # the same mean, in one kernel
+        return torch.ops.aten.mse_loss(
+            upcast(student_features), upcast(teacher_features.detach())
+        )  # the same mean, in one kernel
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
     return reduce((student - teacher).square().mean(dim), mask, reduction)
 

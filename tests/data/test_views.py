@@ -295,11 +295,25 @@ def test_each_unlabelled_picture_stands_beside_a_labelled_one():
     assert batch["unlabelled"].shape == batch["pixel_values"].shape == (2, 1, 8, 8)
 
 
+def test_balanced_classes_beside_and_among_unlabelled_pictures():
+    images = load_images({"source": "digits", "shots": 8, "unlabelled": True, "imbalance": 10}, "train")
+    few = [record for record in images.labelled.records if record.label < 9 or record.id == images.labelled.records[-1].id]
+    labelled = LabelledImages(few, images.classes)
+    torch.manual_seed(0)
+    beside = ImageDataset(labelled, train=True, unlabelled=images.unlabelled, balance="class", cache=True)
+    drawn = Counter(beside.draw(0, index % len(beside))["labels"] for index in range(1000))
+    assert set(drawn) == {record.label for record in few} and min(drawn.values()) > 60
+    among = ImageDataset(LabelledImages([*few, *images.unlabelled], images.classes), train=True, balance="class", cache=True)
+    assert len(among) == len(few) + len(images.unlabelled)
+    place = len(few) + 3
+    assert among.draw(0, place)["id"] == images.unlabelled[3].id and among.draw(0, place)["labels"] == -100
+    assert {among.draw(0, 0)["labels"] for _ in range(200)} == set(drawn), "a labelled place shows any class"
+
+
 def test_pairs_that_are_refused():
     images = coloured(4)
     free = [ImageRecord("u", images.records[0].image, -100)]
     assert "no unlabelled pictures" in refused(lambda: ImageDataset(images, train=True, unlabelled=[]))
-    assert "exclude one another" in refused(lambda: ImageDataset(images, train=True, unlabelled=free, balance="class"))
     mixed = LabelledImages([*images.records, *free], images.classes)
     assert "pass `images.labelled`" in refused(lambda: ImageDataset(mixed, train=True, unlabelled=free))
 

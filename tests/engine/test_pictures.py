@@ -106,11 +106,33 @@ def test_a_recipe_asks_its_teacher_once_for_all_arms_and_runs(tmp_path, monkeypa
         bench({**spec, "data": {"source": "digits", "limit": 50}}, seeds=2, out=tmp_path / "drawn", quiet=True)
 
 
+def test_unlabelled_pictures_reach_every_method(tmp_path):
+    few = {**FEW, "shots": 5, "unlabelled": True, "limit": 120}
+    spec = recipe({"name": "compose", "objectives": ["ce", "kd", {"crd": {"negatives": 8}}]}, data=few)
+    beside = build_task(load_recipe(spec)).data["train"]
+    assert beside.unlabelled is not None and len(beside.labels) == 50
+    for method in ({"name": "trg", "tokens": 4}, {"name": "lelp", "subclasses": 2}, {"name": "prockd"}):
+        among = build_task(load_recipe(recipe(method, data=few)))
+        assert among.data["train"].unlabelled is None and (among.data["train"].labels == -100).sum() == 70
+        assert (among.reference.labels >= 0).all()
+        run(recipe(method, data=few), out=tmp_path / method["name"], quiet=True)
+    finished = run(spec, out=tmp_path / "compose", quiet=True)
+    assert finished.test["accuracy"] >= 0
+
+    mixed = recipe({"name": "compose", "objectives": ["ce", "kd"]}, data={**few, "unlabelled_among": True})
+    assert cache(mixed, out=tmp_path / "cache", quiet=True)["samples"] == 120
+    cached = run({**mixed, "cache": str(tmp_path / "cache")}, out=tmp_path / "cached", quiet=True)
+    live = run(mixed, out=tmp_path / "live", quiet=True)
+    for key, value in live.student.state_dict().items():
+        torch.testing.assert_close(cached.student.state_dict()[key], value, msg=key, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("where", ["batch", "pairs"])
 def test_what_no_cache_can_hold_is_refused(where, tmp_path):
     data = {"batch": {"source": "digits", "augment": {"flip": True, "where": "batch"}}, "pairs": RECIPES["dho"]["data"]}[where]
     spec = recipe({"name": "compose", "objectives": ["ce", "kd"]}, data=data)
-    with pytest.raises(BadInput, match="a cache keeps answers to single pictures"):
+    wanted = {"batch": "where: worker", "pairs": "data.unlabelled_among: true"}[where]
+    with pytest.raises(BadInput, match=f"a cache keeps answers to single pictures.*{wanted}"):
         cache(spec, out=tmp_path / "cache", quiet=True)
 
 

@@ -133,6 +133,29 @@ def test_unlabelled_samples_still_learn_from_the_teacher(teacher, student, batch
     assert losses["kd"].item() > 0
 
 
+def test_pictures_beside_the_labelled_ones_count_where_only_the_teacher_speaks(teacher, student, batch):
+    beside = {**batch, "unlabelled": torch.randn(4, 1, 8, 8)}
+    terms = [CE(), KD(), Hint("body", "body"), {"dkd": {"warmup_epochs": 0}}]
+    method = prepared(teacher, student, terms, beside).eval()
+    losses = method(beside)
+    everything = torch.cat([batch["pixel_values"], beside["unlabelled"]])
+    whole = method({"pixel_values": everything, "labels": torch.full((10,), -100), "ids": list(range(10))})
+    labelled = method(batch)
+    for name in ("kd", "hint"):
+        torch.testing.assert_close(losses[name], whole[name])
+        assert not torch.isclose(losses[name], labelled[name])
+    for name in ("ce", "dkd"):
+        torch.testing.assert_close(losses[name], labelled[name])
+
+    seen = []
+    student.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    method(beside)
+    prepared(None, student, [CE()], beside)(beside)
+    assert seen == [10, 6, 6], "labels alone have no use for the others"
+    with pytest.raises(BadInput, match=r"\[1, 8, 8\] and unlabelled \[1, 4, 4\] differ"):
+        prepared(teacher, student, [CE(), KD()], {**batch, "unlabelled": torch.randn(4, 1, 4, 4)})
+
+
 @pytest.mark.parametrize("pair", ["tuple", "list"])
 def test_a_batch_may_be_a_pair(teacher, student, batch, pair):
     method = prepared(teacher, student, [CE(), KD()], batch)

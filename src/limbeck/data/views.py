@@ -96,13 +96,17 @@ class Views(Strict):
 
 
 class Presentation(Strict):
-    """The keys of a recipe's ``data:`` that belong to `ImageDataset` and not to the source."""
+    """The keys of a recipe's ``data:`` that belong to `ImageDataset` and not to the source.
+
+    unlabelled_among: unlabelled pictures are samples like the labelled ones, also for a method that would have them beside these.
+    """
 
     size: Annotated[int, Field(gt=0)] | None = None
     channels: Literal[1, 3] | None = None
     augment: Augment | None = None
     views: Views | None = None
     balance: Literal["none", "class"] = "none"
+    unlabelled_among: bool = False
     cache: bool = False
 
 
@@ -117,10 +121,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     images: what to show. size: resize the shorter side to it and cut out the middle; None requires pictures of one size.
     channels: 1 (grey) or 3; None as the first picture has them. train: the arguments from ``augment`` to ``answers`` count only then.
-    balance: "class" makes every epoch draw pictures with each class equally often (`draw`).
+    balance: "class" makes every epoch draw labelled pictures with each class equally often (`draw`).
     unlabelled: pictures to stand beside the labelled ones: there are as many samples as these, and an epoch pairs each with a labelled
-    one, all of which are used equally often. cache: keep decoded pictures in memory as bytes. answers: of the pictures as "aspects";
-    default those of ``images``. seed: of the pairing.
+    one, all of which are used equally often, or as ``balance`` says. cache: keep decoded pictures in memory as bytes. answers: of the
+    pictures as "aspects"; default those of ``images``. seed: of the pairing.
 
     A sample has ``id``, ``index`` (the labelled picture's position in ``labels``), ``pixel_values`` (float [C, H, W] in 0..1, not
     normalised: a model does that for itself), ``labels`` (int) and, where asked for, ``unlabelled`` [C, H, W], ``views`` (of [C, h, w])
@@ -185,12 +189,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def draw(self, epoch: int, index: int) -> dict[str, Any]:
         """What stands at place ``index`` of an epoch: the sample, another of a class drawn uniformly, or the epoch's pair."""
         if self.unlabelled is not None:
-            return self._sample(self._paired(epoch, index), index)
+            return self._sample(self._balanced() if self.members else self._paired(epoch, index), index)
         return self._sample(self.chosen(index), index)
 
     def chosen(self, index: int) -> int:
-        """Which sample is drawn for place ``index`` of an epoch: itself, or any of a class drawn uniformly."""
-        return self._balanced() if self.members else index
+        """Which sample is drawn for place ``index`` of an epoch: itself, or for a labelled one any of a class drawn uniformly."""
+        return self._balanced() if self.members and self.labels[index] != IGNORE else index
 
     def _sample(self, labelled: int, index: int) -> dict[str, Any]:
         record, raw = self.images.records[labelled], self._raw(labelled)
@@ -256,10 +260,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
             return
         if not self.unlabelled:
             raise BadInput("there are no unlabelled pictures to stand beside the labelled ones")
-        if self.members:
-            raise BadInput(
-                "data.balance: class and unlabelled pictures exclude one another: pairs use each labelled picture equally often"
-            )
         if (self.labels == IGNORE).any():
             raise BadInput("beside unlabelled pictures only labelled ones may stand: pass `images.labelled`")
 

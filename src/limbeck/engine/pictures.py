@@ -31,8 +31,12 @@ class Pictures:
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, specs: Mapping[str, DataSpec]) -> Pictures:
-        """Read the data of every stage; specs: as `limbeck.engine.task.data_specs` gives them."""
+    def of(cls, specs: Mapping[str, DataSpec], *, beside: bool = False) -> Pictures:
+        """Read the data of every stage.
+
+        specs: as `limbeck.engine.task.data_specs` gives them. beside: see `Method.unlabelled_beside`; ``data.unlabelled_among`` overrules
+        it.
+        """
         data: dict[str, ImageDataset] = {}
         references: dict[str, ImageDataset] = {}
         skipped: list[dict[str, Any]] = []
@@ -42,10 +46,11 @@ class Pictures:
             if presented.augment != shown.augment:
                 raise BadInput(f"stage {stage!r}: data.augment differs from that of `data`: one run augments in one way")
             unlabelled = images.unlabelled
-            paired = bool(unlabelled) and bool(images.labelled.records)
+            partly = bool(unlabelled) and bool(images.labelled.records)
+            paired = partly and beside and not presented.unlabelled_among
             data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
             plain = presented.model_copy(update={"augment": None, "views": None, "balance": "none"})
-            references[stage] = _dataset(images.labelled if paired else images, plain, True, None, spec)
+            references[stage] = _dataset(images.labelled if partly else images, plain, True, None, spec)
         classes = data["train"].classes
         held_out: dict[str, ImageDataset] = {}
         others: tuple[Split, ...] = ("val", "test")
@@ -65,7 +70,10 @@ def check_alone(dataset: Any) -> None:
             "a cache keeps answers to single pictures, and data.augment.where: batch changes batches: use where: worker"
         )
     if dataset.unlabelled is not None:
-        raise BadInput("a cache keeps answers to single pictures, and data.unlabelled shows them in pairs: leave one of them out")
+        raise BadInput(
+            "a cache keeps answers to single pictures, and this data shows unlabelled ones beside labelled ones: set "
+            "data.unlabelled_among: true"
+        )
 
 
 def _parts(spec: DataSpec) -> tuple[Presentation, dict[str, Any]]:
@@ -81,7 +89,7 @@ def _read(spec: DataSpec, split: Split, skipped: list[dict[str, Any]]) -> tuple[
 
 
 def _dataset(images: LabelledImages, presented: Presentation, train: bool, unlabelled: Any, spec: DataSpec) -> ImageDataset:
-    options = presented.model_dump(exclude={"augment", "views", "cache"})
+    options = presented.model_dump(exclude={"augment", "views", "cache", "unlabelled_among"})
     side = presented.size or SMALL
     cached = presented.cache or (len(images.records) + len(unlabelled or ())) * side**2 <= CACHED_PIXELS
     return ImageDataset(

@@ -91,7 +91,7 @@ def plan(
     method_class: Any = find(resolved.method.name).load()
     hyper = vars(configure(method_class, resolved.method.hyper))
     specs = data_specs(resolved)
-    pictures = Pictures.of(specs) if classifies(resolved) else None
+    pictures = Pictures.of(specs, beside=method_class.unlabelled_beside) if classifies(resolved) else None
     classes = None if pictures is None else pictures.classes
     student = skeleton(resolved.student, classes)
     cached = open_cache(resolved)

@@ -114,21 +114,20 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
 
     teacher, student: already loaded ones; else the recipe's are loaded. The student is drawn from the recipe's seed.
     """
-    entry = find(recipe.method.name)
-    hyper = vars(configure(entry.load(), recipe.method.hyper))
+    method_class: Any = find(recipe.method.name).load()
+    hyper = vars(configure(method_class, recipe.method.hyper))
     for name in recipe.evaluate:
         protocols.find(name)
     torch.manual_seed(recipe.train.seed)
     cached = open_cache(recipe)
     specs = data_specs(recipe)
-    pictures = Pictures.of(specs) if classifies(recipe) else None
+    pictures = Pictures.of(specs, beside=method_class.unlabelled_beside) if classifies(recipe) else None
     classes = None if pictures is None else pictures.classes
     student = student or load_model(trainable(recipe.student), recipe.train.seed, classes)
     if teacher is None and recipe.teacher is not None and recipe.cache is None:
         teacher = load_teacher(recipe.teacher, classes)
     if teacher is not None:
         FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
-    method_class: Any = entry.load()
     method = method_class(student, (cached or teacher) if method_class.learns_from_teacher(hyper) else None, **hyper)
     if isinstance(student, VLM):
         task = vision_language_task(recipe, method, student, teacher, specs)

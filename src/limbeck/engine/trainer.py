@@ -619,8 +619,10 @@ def match_stages(own: Sequence[Stage], given: Sequence[StageConfig]) -> list[tup
 
 
 def introduce(method: Method, dataset: Any) -> None:
-    """Tell a method of the training data what memories need: how many samples there are and, where the data says it, their labels."""
-    method.train_size, method.train_labels = len(dataset), getattr(dataset, "labels", None)
+    """Tell a method of the training data what memories need: how many samples there are and, where the data says it, their labels; where
+    unlabelled pictures stand beside labelled ones, of these."""
+    labels = getattr(dataset, "labels", None)
+    method.train_size, method.train_labels = len(dataset) if labels is None else len(labels), labels
 
 
 def stage_steps(config: TrainConfig, given: StageConfig, per_epoch: int) -> int:

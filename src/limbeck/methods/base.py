@@ -43,11 +43,15 @@ class Method(nn.Module):
     Subclasses name themselves (``name``), declare a dataclass of hyper-parameters (``Config``), set ``student`` (an ``nn.Module``),
     may set ``teacher`` (a `FrozenTeacher`, which is not a submodule, so that it is in no checkpoint, optimiser or DDP bucket) and
     ``weights`` (term name -> float), and write ``forward``.
+
+    unlabelled_beside: where a part of the training pictures is labelled, batches hold labelled ones and, beside them, as many others as
+    ``unlabelled``; else all stand among each other, those without label under -100.
     """
 
     name: ClassVar[str] = ""
     Config: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
+    unlabelled_beside: ClassVar[bool] = False
     uncached: ClassVar[str] = "it does not say what to keep of its teacher (Method.record)"
 
     student: nn.Module

@@ -58,12 +58,14 @@ class Compose(Method):
 
     student, teacher: called as ``model(pixel_values)``; teacher may be None where no objective needs one.
     objectives: `Objective`, or what `objective` accepts.
-    Batches are {"pixel_values", "labels"}, or (pixel_values, labels). Call `prepare` on one before the optimiser is made: it
-    creates the adapters. Raises `BadInput` where a needed teacher is missing, or the two models share parameters.
+    Batches are {"pixel_values", "labels"}, or (pixel_values, labels); pictures under "unlabelled" pass both models in one batch with these
+    and count in the terms that need a teacher and no labels (`Objective.reads_unlabelled`). Call `prepare` on one before the optimiser is
+    made: it creates the adapters. Raises `BadInput` where a needed teacher is missing, or the two models share parameters.
     """
 
     name = "compose"
     Config = ComposeConfig
+    unlabelled_beside = True
 
     def __init__(
         self,
@@ -107,6 +109,12 @@ class Compose(Method):
         labels: Any = inputs.get("labels")
         if labels is None and (needing := [name for name, term in self.objectives.items() if term.needs_labels]):
             raise BadInput(f"the batch has no labels, and {', '.join(needing)} needs them")
+        unlabelled = inputs.get("unlabelled")
+        if unlabelled is not None and unlabelled.shape[1:] != pixel_values.shape[1:]:
+            raise BadInput(
+                f"labelled pictures {list(pixel_values.shape[1:])} and unlabelled {list(unlabelled.shape[1:])} differ in shape: they pass "
+                "the models in one batch"
+            )
         self._place_taps(pixel_values, inputs.get("taught"))
         with taps.undisturbed(self.student, pixel_values.device):
             seen, logits = self._observe(inputs, self.objectives)
@@ -192,10 +200,13 @@ class Compose(Method):
         self.teacher_taps = taps.Places({label: place for reads in self.teacher_reads.values() for label, place in reads.items()})
 
     def _observe(self, batch: Mapping[str, Any], terms: Mapping[str, Objective]) -> tuple[dict[str, tuple[Any, Any]], Tensor]:
-        """What each term compares, the student's side and the teacher's: logits or tapped features; and the student's logits. Each model
-        runs at most once."""
+        """What each term compares, the student's side and the teacher's: logits or tapped features; and the student's logits of the
+        labelled pictures. Each model runs at most once."""
         modules: dict[str, Any] = self._modules  # nn.Module looks up an attribute slowly
         student, teacher, pixel_values, taught = modules["student"], self.teacher, batch["pixel_values"], batch.get("taught")
+        labelled = None
+        if "unlabelled" in batch and any(term.reads_unlabelled for term in terms.values()):
+            labelled, pixel_values = len(pixel_values), torch.cat([pixel_values, batch["unlabelled"]])
         if taught is None:
             with nullcontext() if teacher is None else teacher.aside():
                 taught = self._ask(pixel_values, terms)
@@ -209,7 +220,9 @@ class Compose(Method):
                 _read(name, self.student_reads[name], features, logits),
                 _read(name, self.teacher_reads[name], taught, taught.get(name)) if term.needs_teacher else None,
             )
-        return seen, logits
+            if labelled is not None and not term.reads_unlabelled:
+                seen[name] = (_first(labelled, seen[name][0]), _first(labelled, seen[name][1]))
+        return seen, logits if labelled is None else logits[:labelled]
 
     def _ask(self, pixel_values: Tensor, terms: Mapping[str, Objective]) -> dict[str, Any]:
         """What the teacher says to each term that needs one: its logits by the term's name, or tapped features by their labels."""
@@ -324,6 +337,13 @@ def _read(name: str, reads: Mapping[str, Any], features: Mapping[str, Any], logi
     if not reads:
         return logits
     return features[name] if name in reads else tuple(features[label] for label in reads)
+
+
+def _first(count: int, given: Any) -> Any:
+    """The first so many samples of a tensor, or of each of several; None of None."""
+    if given is None:
+        return None
+    return given[:count] if isinstance(given, Tensor) else tuple(feature[:count] for feature in given)
 
 
 def _tensors(name: str, reads: Mapping[str, Tap], given: Any) -> list[tuple[str, Tensor]]:

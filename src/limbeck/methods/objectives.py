@@ -97,6 +97,11 @@ class Objective:
         if getattr(self, "warmup_epochs", 0) < 0:
             raise BadInput(f"warmup_epochs is {self.warmup_epochs}; expected a number >= 0")  # type: ignore[attr-defined]
 
+    @property
+    def reads_unlabelled(self) -> bool:
+        """Whether pictures that stand beside the labelled ones count in it."""
+        return self.needs_teacher and not self.needs_labels
+
     def targets(self, side: Literal["student", "teacher"], model: nn.Module, anatomy: Callable[[], Anatomy]) -> Targets:
         """What it reads of a model: None for the logits, a tap, or several. anatomy: finds the model's usual points."""
         layers: Layers | None = getattr(self, side, None)
@@ -547,6 +552,7 @@ class CRD(PooledObjective):
     """
 
     name = "crd"
+    reads_unlabelled = False  # those beside the labelled ones have no place in its memory
 
     weight: float = 0.8
     negatives: int = 16384

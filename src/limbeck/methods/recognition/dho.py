@@ -75,6 +75,7 @@ class DHO(Recognition):
 
     name = "dho"
     Config = DHOConfig
+    unlabelled_beside = True
     uncached = "a cache keeps nothing of the unlabelled pictures"
 
     def __init__(self, student: nn.Module, teacher: nn.Module | FrozenTeacher | None = None, **hyper: Any) -> None:

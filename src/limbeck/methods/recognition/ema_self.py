@@ -73,6 +73,7 @@ class EMASelf(Recognition):
 
     name = "ema-self"
     Config = EMASelfConfig
+    unlabelled_beside = True
     needs_teacher = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | FrozenTeacher | None = None, **hyper: Any) -> None:

@@ -77,6 +77,18 @@ def test_top_5_counts_from_six_classes_on():
     assert "top5_accuracy" not in measured("classification", logits[:, :5], [0, 4, 3])
 
 
+def test_area_under_roc_counts_ranked_pairs():
+    generator = torch.Generator().manual_seed(0)
+    margin = torch.randn(60, generator=generator).mul(40).round()  # beyond where a sigmoid ends, and with ties
+    labels = torch.randint(2, (60,), generator=generator)
+    first, second = margin[labels == 0], margin[labels == 1]
+    wins = (second[:, None] > first).double() + 0.5 * (second[:, None] == first).double()
+    found = measured("classification", torch.stack([-margin / 2, margin / 2], dim=1), labels.tolist())
+    assert found["auroc"] == pytest.approx(wins.mean().item(), abs=1e-6)
+    assert "auroc" not in measured("classification", torch.randn(2, 2), [1, 1])
+    assert "auroc" not in measured("classification", torch.randn(2, 3), [0, 1])
+
+
 def test_ece_and_nll_by_hand():
     # Bin (0.6, 0.667]: confidence 0.65, one of two right; bin (0.933, 1]: confidence 0.95, none right.
     logits = torch.cat([peaked(2, [0, 0], 0.65), peaked(2, [1], 0.95)])

@@ -62,7 +62,9 @@ def bench(
     for variant in arms.values():
         open_cache(variant)  # what cannot train from it is refused before anything is trained
     if recipe.cache is not None and recipe.draws_data:
-        raise BadInput("bench draws the training data anew for each seed, and a cache holds one draw: leave `cache` out")
+        raise BadInput(
+            "bench draws the training data anew for each seed, and a cache holds one draw: leave `cache` out, or give `data.seed`"
+        )
     check_same(folder, recipe)
     teacher = recipe_teacher(recipe)
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}

@@ -98,8 +98,8 @@ class Recipe(Strict):
         return self.model_copy(update={"method": method})
 
     def with_seed(self, seed: int) -> Recipe:
-        """This recipe with another training seed; what is drawn of the data for it (scenes, few shots) is drawn anew too. Held-out data
-        never changes."""
+        """This recipe with another training seed; what is drawn of the data for it (scenes, few shots) is drawn anew too, unless the
+        recipe gives ``data.seed``. Held-out data never changes."""
         update: dict[str, Any] = {"train": self.train.model_copy(update={"seed": seed})}
         if self.draws_data:
             update["data"] = DataSpec(**{**self.data.model_dump(), "seed": seed})
@@ -107,8 +107,9 @@ class Recipe(Strict):
 
     @property
     def draws_data(self) -> bool:
-        """Whether a part of the training data is drawn by a seed."""
-        return self.data.source == "digit-scenes" or bool(DRAWN & set(self.data.model_extra or {}))
+        """Whether a part of the training data is drawn by the training's seed: it is not where the data names a seed of its own."""
+        given = set(self.data.model_extra or {})
+        return "seed" not in given and (self.data.source == "digit-scenes" or bool(DRAWN & given))
 
     @property
     def fingerprint(self) -> str:

@@ -22,14 +22,15 @@ from limbeck.evaluate.measure import Columns, Means, required
 from limbeck.evaluate.retrieval import same_class_retrieval
 from limbeck.losses.logits import kl_divergence
 from limbeck.models.classifier import Classifier, logits_of
+from limbeck.models.libraries import ensure_torchvision
 
 BINS = 15  # of confidence, as Guo et al.
 TOP = 5
 
 
 class Classification:
-    """``accuracy`` (top-1), ``balanced_accuracy``, ``accuracy/<class>``, ``top5_accuracy`` (of six classes or more), ``ece`` and ``nll`` of
-    the student's logits. Classes have names where the student knows them, else their index."""
+    """``accuracy`` (top-1), ``balanced_accuracy``, ``accuracy/<class>``, ``top5_accuracy`` (of six classes or more), ``auroc`` (of two), ``ece``
+    and ``nll`` of the student's logits. Classes have names where the student knows them, else their index."""
 
     def __init__(self, method: Any, teacher: Any) -> None:
         self.student, self.samples = method.deployable(), Columns()
@@ -44,6 +45,8 @@ class Classification:
         confidence, predicted = logits.softmax(-1).max(-1)
         nll = F.cross_entropy(logits, labels, reduction="none")
         self.samples.add(labels=labels, predicted=predicted, confidence=confidence, nll=nll)
+        if classes == 2:
+            self.samples.add(margin=logits[:, 1] - logits[:, 0])
         if classes > TOP:
             self.samples.add(top5=(logits.topk(TOP).indices == labels[:, None]).any(-1))
 
@@ -55,6 +58,8 @@ class Classification:
         found = accuracies(samples["predicted"], samples["labels"], getattr(self.student, "classes", ()))
         if "top5" in samples:
             found["top5_accuracy"] = samples["top5"].float().mean().item()
+        if "margin" in samples and len(samples["labels"].unique()) == 2:
+            found["auroc"] = area_under_roc(samples["margin"], samples["labels"])
         return {
             **found,
             "ece": expected_calibration_error(samples["confidence"], right),
@@ -225,6 +230,18 @@ def accuracies(predicted: Tensor, labels: Tensor, classes: Sequence[str] = ()) -
         "balanced_accuracy": statistics.fmean(recalls.values()),
         **{f"accuracy/{name}": recall for name, recall in named.items()},
     }
+
+
+def area_under_roc(margin: Tensor, labels: Tensor) -> float:
+    """How often a sample of class 1 has a larger margin than one of class 0; ties count half. margin: [N], any finite number; labels: [N],
+    both classes among them."""
+    ensure_torchvision()  # torchmetrics imports it
+    from torchmetrics.functional.classification import binary_auroc
+
+    ranks = margin.unique(return_inverse=True)[
+        1
+    ].double()  # binary_auroc takes numbers outside of [0, 1] for logits, whose sigmoids may tie
+    return binary_auroc(ranks / max(1.0, ranks.max().item()), labels).item()
 
 
 def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:

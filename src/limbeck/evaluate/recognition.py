@@ -29,8 +29,8 @@ TOP = 5
 
 
 class Classification:
-    """``accuracy`` (top-1), ``balanced_accuracy``, ``accuracy/<class>``, ``top5_accuracy`` (of six classes or more), ``auroc`` (of two), ``ece``
-    and ``nll`` of the student's logits. Classes have names where the student knows them, else their index."""
+    """``accuracy`` (top-1), ``balanced_accuracy``, ``accuracy/<class>``, ``top5_accuracy`` (of six classes or more), ``auroc`` (of two),
+    ``ece`` and ``nll`` of the student's logits. Classes have names where the student knows them, else their index."""
 
     def __init__(self, method: Any, teacher: Any) -> None:
         self.student, self.samples = method.deployable(), Columns()

@@ -181,6 +181,10 @@ def test_seeds_draw_other_shots_and_the_same_held_out_pictures():
     first, other = (build_task(load_recipe(RECIPES["dho"]).with_seed(seed)) for seed in (0, 1))
     assert first.data["train"].images.records != other.data["train"].images.records
     assert first.held_out["test"].ids == other.held_out["test"].ids
+    pinned = load_recipe({**RECIPES["dho"], "data": {**RECIPES["dho"]["data"], "seed": 5}})
+    drawn = [build_task(pinned.with_seed(seed)).data["train"].images.records for seed in (0, 1)]
+    assert drawn[0] == drawn[1] and pinned.with_seed(1).train.seed == 1
+    assert drawn[0] not in (first.data["train"].images.records, other.data["train"].images.records)
 
 
 def test_classes_of_the_data_size_the_student_and_order_is_checked(tmp_path):

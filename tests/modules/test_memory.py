@@ -86,6 +86,15 @@ def test_positives_are_the_sample_itself_or_any_of_its_class():
 # -- scoring ---------------------------------------------------------------------------------------------------------------------------
 
 
+def test_an_unlabelled_sample_is_a_class_of_its_own():
+    memory = ContrastiveMemory(6, 4, labels=torch.tensor([0, 1, -100, 0, -100, 1]))
+    index = torch.arange(6).repeat(50)
+    positives, negatives = memory.sample_positives(index), memory.sample_negatives(index, 5)
+    for sample, own in ((2, {2}), (4, {4}), (0, {0, 3})):
+        assert set(positives[index == sample].tolist()) == own
+        assert set(negatives[index == sample].flatten().tolist()) == set(range(6)) - own
+
+
 def test_both_ways_to_score_give_one_value_and_gradient():
     """Few rows of a large bank are picked and multiplied; of a small one, all are multiplied and then picked."""
     torch.manual_seed(0)

@@ -18,7 +18,8 @@ SMALL = 64  # pixels a side that pictures are taken to have which are not resize
 
 @dataclass
 class Pictures:
-    """Datasets by stage and by held-out split. reference: the labelled training pictures as they are, with a teacher's answers.
+    """Datasets by stage and by held-out split. reference: the training pictures as they are, with a teacher's answers; the labelled ones,
+    where others stand beside them.
 
     collate: joins their samples. classes: their names. skipped: broken pictures, by split.
     """
@@ -46,11 +47,10 @@ class Pictures:
             if presented.augment != shown.augment:
                 raise BadInput(f"stage {stage!r}: data.augment differs from that of `data`: one run augments in one way")
             unlabelled = images.unlabelled
-            partly = bool(unlabelled) and bool(images.labelled.records)
-            paired = partly and beside and not presented.unlabelled_among
+            paired = beside and not presented.unlabelled_among and bool(unlabelled) and bool(images.labelled.records)
             data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
             plain = presented.model_copy(update={"augment": None, "views": None, "balance": "none"})
-            references[stage] = _dataset(images.labelled if partly else images, plain, True, None, spec)
+            references[stage] = _dataset(images.labelled if paired else images, plain, True, None, spec)
         classes = data["train"].classes
         held_out: dict[str, ImageDataset] = {}
         others: tuple[Split, ...] = ("val", "test")

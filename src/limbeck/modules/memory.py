@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from limbeck.errors import BadInput
 from limbeck.losses._common import upcast
 from limbeck.losses.contrastive import crd
+from limbeck.losses.logits import IGNORE
 
 Positive = Literal["exact", "relax"]
 
@@ -22,7 +23,7 @@ class ContrastiveMemory(nn.Module):
 
     n_data: samples of the training set; an index names one of them. width: of an embedding. momentum: the share of a row that
     an `update` keeps. labels: int [n_data], the class of every sample, from which negatives are chosen; None makes every sample a
-    class of its own.
+    class of its own, -100 that one.
     Banks and normalisers are buffers, and resumed with the method: 2 n_data x width numbers. Raises `BadInput` where labels do not
     fit or hold one class only.
     """
@@ -50,7 +51,9 @@ class ContrastiveMemory(nn.Module):
         self.register_buffer("teacher_bank", torch.empty(n_data, width).uniform_(-bound, bound))
         self.register_buffer("log_z", torch.full((2,), -math.inf))  # Z is 0 until the first batch
 
-        classes = torch.arange(n_data) if labels is None else labels.unique(return_inverse=True)[1]
+        classes = torch.arange(n_data)
+        if labels is not None:
+            classes = labels.where(labels != IGNORE, classes + labels.max() + 1).unique(return_inverse=True)[1]
         size = classes.bincount()
         if len(size) < 2:
             raise BadInput("all samples are of one class; negatives are drawn from other classes: leave the labels out")

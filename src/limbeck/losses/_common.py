@@ -42,6 +42,11 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in FULL else tensor.float()
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; itself where it has none, as a teacher's: a view of it costs as much as a small operation."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """The positions that count, [M, C] out of [..., C]; all of them, in place, without a mask.
 

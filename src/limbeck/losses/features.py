@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, upcast
+from limbeck.losses._common import Reduction, check_mask, check_same_shape, detached, reduce, upcast
 
 
 def hint(
@@ -28,7 +28,7 @@ def hint(
     if mask is None and reduction == "mean" and student_features.numel():
         check_same_shape(student_features, teacher_features)
         return torch.ops.aten.mse_loss(
-            upcast(student_features), upcast(teacher_features.detach())
+            upcast(student_features), upcast(detached(teacher_features))
         )  # the same mean, in one kernel
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
     return reduce((student - teacher).square().mean(dim), mask, reduction)
@@ -57,7 +57,7 @@ def _positions(student: Tensor, teacher: Tensor, channel_dim: int | None, mask: 
     Without a mask the layout stays: a transposed gradient would slow down the convolutions before it.
     """
     check_same_shape(student, teacher)
-    student, teacher = upcast(student), upcast(teacher.detach())
+    student, teacher = upcast(student), upcast(detached(teacher))
     dim = channel_dim if channel_dim is not None else 1 if student.dim() == 4 else -1
     if mask is None:
         return student, teacher, dim

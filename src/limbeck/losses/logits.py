@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.losses._common import LOG_ZERO, Reduction, check_choice, check_mask, check_same_shape, reduce, select, upcast
+from limbeck.losses._common import (
+    LOG_ZERO,
+    Reduction,
+    check_choice,
+    check_mask,
+    check_same_shape,
+    detached,
+    reduce,
+    select,
+    upcast,
+)
 
 Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
 
@@ -84,7 +94,7 @@ def kl_divergence(
     check_same_shape(student_logits, teacher_logits)
     check_divergence(temperature, kind, beta)
 
-    student, teacher = student_logits, teacher_logits.detach()
+    student, teacher = student_logits, detached(teacher_logits)
     if mask is not None:
         check_mask(student, mask)
         student, teacher = select(student, mask), select(teacher, mask)
@@ -183,4 +193,4 @@ def _kl(log_p: Tensor, log_q: Tensor, reduction: Literal["sum", "none"]) -> Tens
 
 def _positions(logits: Tensor) -> int:
     """Over how many positions a mean is taken; at least 1, so that the mean over none is 0."""
-    return max(logits.shape[:-1].numel(), 1)
+    return max(logits.numel() // max(logits.shape[-1], 1), 1)

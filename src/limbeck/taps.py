@@ -81,6 +81,10 @@ class Recording(Mapping[str, Any]):
         self.close()
 
 
+NOTHING = Recording({}, ())
+"""What flowed through no submodule at all."""
+
+
 class Places:
     """Where to record, on any model: what `record` takes, opened as often as needed.
 
@@ -98,6 +102,8 @@ class Places:
 
     def open(self, model: nn.Module) -> Recording:
         """Record until the returned tap is closed. Raises `BadInput` for a name that does not exist, naming the nearest."""
+        if not self.targets:
+            return NOTHING
         if not self._stand_on(model):
             self._taps = [_Tap(label, model, *_place(target)) for label, target in self.targets.items()]
             self._model = model

@@ -146,8 +146,9 @@ class Compose(Method):
             raise LimbeckError("the adapters do not exist yet: call method.prepare(batch) before the first step")
         inputs, modules = _inputs(batch), self._modules  # nn.Module looks up an attribute slowly
         parts: dict[str, Any] = modules["adapters"]._modules  # type: ignore[union-attr]
-        weights, terms = self.weights, {}
-        active = {name: term for name, term in self.objectives.items() if weights.get(name) != 0}
+        weights, terms, active = self.weights, {}, self.objectives
+        if 0 in weights.values():
+            active = {name: term for name, term in active.items() if weights.get(name) != 0}
         labels, epoch = inputs.get("labels"), self.steps_done / (self.steps_per_epoch or 1)
         seen, logits = self._observe(inputs, active)
         for name, (student, teacher) in seen.items():
@@ -214,11 +215,11 @@ class Compose(Method):
             logits = logits_of(student(pixel_values))
         if teacher is not None:
             teacher.join()
-        seen = {}
+        seen, ours, theirs = {}, self.student_reads, self.teacher_reads
         for name, term in terms.items():
             seen[name] = (
-                _read(name, self.student_reads[name], features, logits),
-                _read(name, self.teacher_reads[name], taught, taught.get(name)) if term.needs_teacher else None,
+                _read(name, ours[name], features) if ours[name] else logits,
+                (_read(name, theirs[name], taught) if theirs[name] else taught[name]) if term.needs_teacher else None,
             )
             if labelled is not None and not term.reads_unlabelled:
                 seen[name] = (_first(labelled, seen[name][0]), _first(labelled, seen[name][1]))
@@ -300,7 +301,7 @@ def compose(
 
 def _inputs(batch: Batch | Sequence[Tensor]) -> Mapping[str, Any]:
     """The batch as a mapping with "pixel_values"."""
-    if isinstance(batch, Mapping):
+    if isinstance(batch, (dict, Mapping)):  # an abstract class is slow to tell
         if "pixel_values" not in batch:
             raise BadInput(f"the batch has no 'pixel_values'; it has {', '.join(map(str, batch)) or 'nothing'}")
         return batch
@@ -332,10 +333,8 @@ def _deepest(name: str, term: Objective, ours: Any, theirs: Any) -> tuple[Any, A
     return ours[-count:], theirs[-count:]
 
 
-def _read(name: str, reads: Mapping[str, Any], features: Mapping[str, Any], logits: Any) -> Any:
-    """A term's logits, its feature, or its features."""
-    if not reads:
-        return logits
+def _read(name: str, reads: Mapping[str, Any], features: Mapping[str, Any]) -> Any:
+    """A term's feature, or its features."""
     return features[name] if name in reads else tuple(features[label] for label in reads)
 
 

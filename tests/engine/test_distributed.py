@@ -134,7 +134,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
             check_launch(state, TrainConfig())
 
 
-@pytest.mark.parametrize("given", [{"ema": 0.99}, {"diagnose_every": 5}])
+@pytest.mark.parametrize("given", [{"ema": 0.99}, {"diagnose_every": 5}, {"channels_last": True}])
 def test_what_cannot_be_sharded_is_refused_by_name(given: dict[str, float]) -> None:
     state = SimpleNamespace(num_processes=1, is_fsdp2=True, distributed_type=DistributedType.FSDP)
     with pytest.raises(BadInput, match=next(iter(given))):

@@ -83,9 +83,6 @@ def test_positives_are_the_sample_itself_or_any_of_its_class():
     assert {memory.sample_positives(index[:1]).item() for _ in range(300)} == set((labels == 0).nonzero().flatten().tolist())
 
 
-# -- scoring ---------------------------------------------------------------------------------------------------------------------------
-
-
 def test_an_unlabelled_sample_is_a_class_of_its_own():
     memory = ContrastiveMemory(6, 4, labels=torch.tensor([0, 1, -100, 0, -100, 1]))
     index = torch.arange(6).repeat(50)
@@ -93,6 +90,9 @@ def test_an_unlabelled_sample_is_a_class_of_its_own():
     for sample, own in ((2, {2}), (4, {4}), (0, {0, 3})):
         assert set(positives[index == sample].tolist()) == own
         assert set(negatives[index == sample].flatten().tolist()) == set(range(6)) - own
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_both_ways_to_score_give_one_value_and_gradient():

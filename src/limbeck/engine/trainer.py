@@ -169,8 +169,9 @@ class Trainer:
         """Place everything, look at one batch, and let the method check it. Raises before anything is trained or written."""
         torch.manual_seed(self.config.seed)
         device = self.accelerator.device
-        self._place()
+        place(self.method, device, self.config)
         for teacher in self.method.teachers():
+            place(teacher.module, device, self.config)
             teacher.overlap = self.config.overlap_teacher
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.method.student)
@@ -182,17 +183,12 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             self.method.eval()
             self.method.prepare(batch)
-        self._place()
+        place(self.method, device, self.config)
         self._survey(first.dataset if self.reference is None else self.reference)
         self._rehearse(batch)
         if self.config.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
             self.ema = torch.optim.swa_utils.AveragedModel(self.method.student, multi_avg_fn=average, use_buffers=True)
-
-    def _place(self) -> None:
-        """Put the method and its teachers where they train, and their convolutions' weights in the order asked for."""
-        for module in (self.method, *(teacher.module for teacher in self.method.teachers())):
-            place(module, self.accelerator.device, self.config)
 
     def _survey(self, dataset: Any) -> None:
         """Show a method that asks for it the whole training data."""

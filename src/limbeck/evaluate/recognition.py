@@ -238,10 +238,10 @@ def area_under_roc(margin: Tensor, labels: Tensor) -> float:
     ensure_torchvision()  # torchmetrics imports it
     from torchmetrics.functional.classification import binary_auroc
 
-    ranks = margin.unique(return_inverse=True)[
-        1
-    ].double()  # binary_auroc takes numbers outside of [0, 1] for logits, whose sigmoids may tie
-    return binary_auroc(ranks / max(1.0, ranks.max().item()), labels).item()
+    _, ranks = margin.unique(
+        return_inverse=True
+    )  # binary_auroc takes numbers beyond [0, 1] for logits, and sigmoids of large ones tie
+    return binary_auroc(ranks.double() / len(ranks), labels).item()
 
 
 def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:

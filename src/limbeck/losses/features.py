@@ -27,9 +27,8 @@ def hint(
     """
     if mask is None and reduction == "mean" and student_features.numel():
         check_same_shape(student_features, teacher_features)
-        return torch.ops.aten.mse_loss(
-            upcast(student_features), upcast(detached(teacher_features))
-        )  # the same mean, in one kernel
+        student, teacher = upcast(student_features), upcast(detached(teacher_features))
+        return torch.ops.aten.mse_loss(student, teacher)  # the same mean, in one kernel
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
     return reduce((student - teacher).square().mean(dim), mask, reduction)
 

@@ -21,8 +21,8 @@ class FrozenTeacher:
     sees it. Calling it runs without gradient. A route that needs gradient *through* the teacher (the visual switch) uses
     ``teacher.module`` directly: its parameters still require none.
 
-    dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. overlap: on a GPU, `aside` lets the
-    teacher's work run beside the student's.
+    dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. overlap: on a GPU, `aside` lets the teacher's
+    work run beside the student's.
     """
 
     overlap = False

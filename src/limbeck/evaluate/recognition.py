@@ -238,9 +238,8 @@ def area_under_roc(margin: Tensor, labels: Tensor) -> float:
     ensure_torchvision()  # torchmetrics imports it
     from torchmetrics.functional.classification import binary_auroc
 
-    _, ranks = margin.unique(
-        return_inverse=True
-    )  # binary_auroc takes numbers beyond [0, 1] for logits, and sigmoids of large ones tie
+    # Numbers beyond [0, 1] are taken for logits, and sigmoids of large ones tie: ranks do not.
+    _, ranks = margin.unique(return_inverse=True)
     return binary_auroc(ranks.double() / len(ranks), labels).item()
 
 

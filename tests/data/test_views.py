@@ -118,11 +118,15 @@ def test_a_cached_picture_is_decoded_once(tmp_path):
 
 @pytest.mark.parametrize("where", ["worker", "batch"])
 @pytest.mark.parametrize(
-    "change", [{"crop": [0.3, 0.8]}, {"pad": 3}, *({key: value} for key, value in EVERYTHING.items())], ids=str
+    "change",
+    [{"crop": [0.3, 0.8]}, {"pad": 3}, {"mixup": 1.0, "cutmix": 1.0}, *({key: value} for key, value in EVERYTHING.items())],
+    ids=str,
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_every_change_is_a_function_of_seed_epoch_and_index(where, change, mode):
     if where == "batch":
+        if "mixup" in change:
+            pytest.skip("refused")
         pytest.importorskip("kornia")
     augment = Augment(where=where, **change)
     dataset = ImageDataset(coloured(4, (12, 12), mode), size=12, train=True, augment=augment)
@@ -161,6 +165,65 @@ def test_flips_and_padding_move_pixels_and_change_none():
     plain = torch.nn.functional.pad(ImageDataset(images)[int(step["ids"][0][1:])]["pixel_values"], (2, 2, 2, 2))
     windows = plain.unfold(1, 8, 1).unfold(2, 8, 1)[0].reshape(-1, 8, 8)
     assert (windows == step["pixel_values"][0]).all((1, 2)).sum() == 1
+
+
+def plain_pixels(count: int, classes: int = 2) -> LabelledImages:
+    """Picture k is k / 255 everywhere, so that a mixture tells what it is made of."""
+    records = [ImageRecord(f"p{k}", Image.new("L", (8, 8), k), k % classes) for k in range(count)]
+    return LabelledImages(records, tuple(str(c) for c in range(classes)))
+
+
+@pytest.mark.parametrize("kinds", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 2.0}], ids=str)
+def test_a_mixture_is_two_pictures_and_their_labels_by_their_shares(kinds):
+    images, augment = plain_pixels(40), Augment(**kinds)
+    dataset = ImageDataset(images, train=True, augment=augment)
+    seen, shares = Counter(), set()
+    for batch in batches(dataset, augment, stop=60):
+        assert batch["mixed_labels"].dtype == torch.int64 and batch["mixed_share"].dtype == torch.float32
+        for k, own in enumerate(batch["index"].tolist()):
+            pixels, share = batch["pixel_values"][k, 0] * 255, batch["mixed_share"][k].item()
+            assert batch["labels"][k] == own % 2 and 0 <= share <= 1
+            if (pixels.round() == own).all():
+                continue  # mixed with itself, or hardly
+            others = torch.arange(40)[torch.arange(40) % 2 == batch["mixed_labels"][k]]
+            blends = ((1 - share) * own + share * others - pixels[0, 0]).abs().min() < 1e-3 and len(pixels.unique()) == 1
+            foreign = (pixels.round() != own).float()
+            rectangle = torch.equal(foreign, foreign.amax(1)[:, None] * foreign.amax(0))
+            cut = (
+                rectangle
+                and foreign.mean().item() == pytest.approx(share, abs=1e-6)
+                and set(pixels[foreign > 0].round().tolist()) <= set(others.tolist())
+            )
+            assert blends or cut
+            seen["both" if blends and cut else "mixup" if blends else "cutmix"] += 1
+            shares.add(round(share, 2))
+    assert set(seen) - {"both"} == set(kinds) and len(shares) > 10
+    plain = ImageDataset(images, augment=augment)[3]
+    assert "mixed_share" not in plain and torch.equal(plain["pixel_values"] * 255, torch.full((1, 8, 8), 3.0))
+
+
+def test_labelled_pictures_are_mixed_with_labelled_ones_as_balance_says():
+    images = load_images({"source": "digits", "shots": 4, "unlabelled": True, "limit": 200}, "train")
+    known = {record.id for record in images.labelled.records}
+    dataset = ImageDataset(images, train=True, augment=Augment(mixup=1.0), cache=True)
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert (sample["labels"] == -100) == (sample["mixed_labels"] == -100) == (sample["id"] not in known)
+    beside = ImageDataset(images.labelled, train=True, unlabelled=images.unlabelled, augment=Augment(mixup=1.0), cache=True)
+    raw = ImageDataset(LabelledImages(images.unlabelled, images.classes), cache=True)
+    assert not torch.equal(beside[0]["unlabelled"], raw[0]["pixel_values"]) and beside[0]["mixed_labels"] >= 0
+    uneven = LabelledImages([r for r in plain_pixels(60).records if r.label == 0 or r.id == "p1"], ("0", "1"))
+    even = ImageDataset(uneven, train=True, augment=Augment(mixup=1.0), balance="class", cache=True)
+    assert 60 < sum(even[0]["mixed_labels"] for _ in range(200)) < 140
+
+
+def test_mixtures_that_are_refused():
+    with pytest.raises(ValueError, match="use where: worker"):
+        Augment(where="batch", mixup=1.0)
+    views = Views(global_size=8, local_size=4)
+    assert "data.views shows crops of one" in refused(
+        lambda: ImageDataset(coloured(4), size=8, train=True, augment=Augment(cutmix=1.0), views=views)
+    )
 
 
 def test_held_out_pictures_are_never_changed():

@@ -65,6 +65,8 @@ RECIPES = {
     ),
     "ema-self": recipe({"name": "ema-self"}, teacher=None),
 }
+MIXED = {**RECIPES["compose"]["data"], "augment": {"flip": True, "mixup": 1.0, "cutmix": 1.0}}
+RECIPES["mixtures"] = recipe(data=MIXED)
 RECIPES["channels-last"] = recipe(train={**RECIPES["compose"]["train"], "channels_last": True})
 
 
@@ -126,6 +128,22 @@ def test_unlabelled_pictures_reach_every_method(tmp_path):
         torch.testing.assert_close(cached.student.state_dict()[key], value, msg=key, rtol=0, atol=1e-2)
 
 
+def test_a_teacher_is_asked_about_mixtures(tmp_path):
+    """What a cache keeps is what the teacher says of the very mixture that the student sees, with the shares of its labels."""
+    spec = recipe({"name": "compose", "objectives": ["ce", "kd"]}, data=MIXED)
+    cache(spec, out=tmp_path / "cache", views=2, quiet=True)
+    live, cached = (build_task(load_recipe(values)) for values in (spec, {**spec, "cache": str(tmp_path / "cache")}))
+    items = [cached.data["train"].draw(view, index) for view in (0, 1) for index in range(8)]
+    batch = cached.collate(items)
+    assert len(batch["mixed_share"].unique()) > 8, "every view mixes anew"
+    with torch.no_grad():
+        said = live.method.teacher(batch["pixel_values"])
+    torch.testing.assert_close(batch["taught"]["kd"].log_probs.exp().sum(-1), torch.ones(16), rtol=0, atol=1e-3)
+    assert torch.equal(batch["taught"]["kd"].ids[:, 0], said.argmax(-1))
+    with pytest.raises(BadInput, match=r"'trg' learns from whole pictures, and data.augment mixes two"):
+        build_task(load_recipe(recipe({"name": "trg", "tokens": 4}, data=MIXED)))
+
+
 @pytest.mark.parametrize("where", ["batch", "pairs"])
 def test_what_no_cache_can_hold_is_refused(where, tmp_path):
     data = {"batch": {"source": "digits", "augment": {"flip": True, "where": "batch"}}, "pairs": RECIPES["dho"]["data"]}[where]
@@ -135,7 +153,7 @@ def test_what_no_cache_can_hold_is_refused(where, tmp_path):
         cache(spec, out=tmp_path / "cache", quiet=True)
 
 
-@pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self", "channels-last"])
+@pytest.mark.parametrize("name", ["compose", "crd", "dho", "ema-self", "mixtures", "channels-last"])
 def test_an_interrupted_run_ends_as_the_one_that_was_not(name, tmp_path, monkeypatch):
     whole = run(RECIPES[name], out=tmp_path / "whole", quiet=True)
     own = trainer.Trainer._save

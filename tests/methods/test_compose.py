@@ -337,6 +337,36 @@ def test_class_counts_must_agree_for_kd_only(student, batch):
     prepared(CNN(8, classes=100), student, [CE(), Hint("body", "body")], batch)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixture_has_both_labels_by_their_shares(student, batch, smoothing):
+    share = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.1, 0.9])
+    labels, others = torch.tensor([0, 1, 2, 3, 4, 9]), torch.tensor([5, 6, 2, 7, 8, 0])
+    mixed = {**batch, "labels": labels, "mixed_labels": others, "mixed_share": share}
+    method = prepared(None, student, [CE(label_smoothing=smoothing)], mixed).eval()  # no dropout
+    hot = torch.nn.functional.one_hot
+    target = (1 - share)[:, None] * hot(labels, 10) + share[:, None] * hot(others, 10)
+    target = (1 - smoothing) * target + smoothing / 10
+    wanted = -(target * student(batch["pixel_values"]).log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(method(mixed).total, wanted.mean())
+    unknown = torch.tensor([False, True, False, False, True, False])
+    few = {key: mixed[key].masked_fill(unknown, -100) for key in ("labels", "mixed_labels")}
+    torch.testing.assert_close(method({**mixed, **few}).total, wanted[~unknown].mean())
+    assert method({**mixed, "labels": few["labels"].fill_(-100), "mixed_labels": few["labels"]}).total == 0
+
+
+def test_terms_that_need_one_picture_refuse_mixtures(teacher, student, batch):
+    mixed = {**batch, "mixed_labels": batch["labels"], "mixed_share": torch.zeros(len(batch["labels"]))}
+    refusing = []
+    for name in Objective.known:
+        try:
+            prepared(teacher, student, ["ce", name] if name != "ce" else ["ce"], mixed)
+        except BadInput as error:
+            if f"mixes two pictures, and {name} needs one" in str(error):
+                refusing.append(name)
+    assert sorted(refusing) == ["crd", "dkd", "dml", "one"]
+    assert prepared(teacher, student, ["ce", "kd", "at"], mixed)(mixed).keys() == {"ce", "kd", "at"}
+
+
 def test_labels_must_be_classes_of_the_student(teacher, student, batch):
     with pytest.raises(BadInput, match=r"has 10 classes, and a label is 12"):
         prepared(teacher, student, [CE()], {**batch, "labels": torch.tensor([0, 12, 2, 3, 4, 5])})

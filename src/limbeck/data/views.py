@@ -37,7 +37,9 @@ class Augment(Strict):
     where: "worker" changes each picture when it is read (torchvision), "batch" whole batches when they are joined (kornia).
     crop: a part of this share of the picture's area, resized to the whole. pad: pixels of black around it, then a part of the old size.
     flip, vertical_flip: half of the time. rotate: up to so many degrees. colour: strength of changes of brightness, contrast and
-    saturation; of the hue a quarter. blur, erase (a rectangle): how often.
+    saturation; of the hue a quarter. blur, erase (a rectangle): how often. mixup, cutmix: alpha of Beta(alpha, alpha), from which the share
+    of another picture is drawn that is blended over the whole (arXiv 1710.09412) or stands in a rectangle (arXiv 1905.04899); with both,
+    each half of the time. Mixed last, when pictures are read: what a teacher is asked of a mixture can be cached.
     """
 
     where: Literal["worker", "batch"] = "worker"
@@ -49,6 +51,8 @@ class Augment(Strict):
     colour: Probability = 0.0
     blur: Probability = 0.0
     erase: Probability = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +70,17 @@ class Augment(Strict):
         if self.crop and self.crop[0] > self.crop[1]:
             raise ValueError("crop is [smallest, largest] share of the area")
         return self
+
+    @model_validator(mode="after")
+    def _mixed_when_read(self) -> Self:
+        if self.mixes and self.where == "batch":
+            raise ValueError("mixup and cutmix are done when a picture is read: use where: worker")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training pictures are mixtures of two."""
+        return bool(self.mixup or self.cutmix)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -127,8 +142,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
     pictures as "aspects"; default those of ``images``. seed: of the pairing.
 
     A sample has ``id``, ``index`` (the labelled picture's position in ``labels``), ``pixel_values`` (float [C, H, W] in 0..1, not
-    normalised: a model does that for itself), ``labels`` (int) and, where asked for, ``unlabelled`` [C, H, W], ``views`` (of [C, h, w])
-    and ``aspects`` [Q]. What is random in it comes from torch's generator alone.
+    normalised: a model does that for itself), ``labels`` (int) and, where asked for, ``unlabelled`` [C, H, W], ``views`` (of [C, h, w]),
+    ``aspects`` [Q] and, of a mixture, ``mixed_labels`` (the label of the other picture) and ``mixed_share`` (the other's, in [0, 1]).
+    Labelled pictures are mixed with labelled ones, unlabelled with unlabelled. What is random in it comes from torch's generator alone.
     Attributes: ``labels`` [N] and ``ids`` of the samples, ``classes``, ``shape`` (C, H, W).
     Raises `BadInput` for no pictures, a missing package, and a picture that cannot be read or is of another size when it is reached.
     """
@@ -158,6 +174,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.members = self._members() if train and balance == "class" else []
         if train and balance == "class" and not self.members:
             raise BadInput("data.balance: class needs labels, and no picture has one")
+        self.mixing = self.augment is not None and self.augment.mixes
+        if self.mixing and self.views is not None:
+            raise BadInput(
+                "data.augment mixes whole pictures (mixup, cutmix), and data.views shows crops of one: leave one of them out"
+            )
         self._check_unlabelled()
         self.aspects = _aspects(images.records, answers or images.answers) if train else None  # [N, Q]
 
@@ -206,9 +227,29 @@ class ImageDataset(Dataset[dict[str, Any]]):
             sample["unlabelled"] = show(self._raw(index, unlabelled=True))
         if self.aspects is not None:
             sample["aspects"] = self.aspects[labelled]
+        if self.mixing:
+            self._mix(sample, labelled, show)
         if self.augment is not None and self.augment.where == "batch":
             sample["augment_seed"] = int(torch.randint(_LARGEST_SEED, ()))
         return sample
+
+    def _mix(self, sample: dict[str, Any], labelled: int, show: Transform) -> None:
+        """Put another picture of its kind into each picture of a sample."""
+        assert self.augment is not None
+        other = self._other(labelled)
+        sample["mixed_labels"] = self.images.records[other].label
+        sample["pixel_values"], sample["mixed_share"] = _mixed(self.augment, sample["pixel_values"], show(self._raw(other)))
+        if self.unlabelled is not None:
+            other = int(torch.randint(len(self.unlabelled), ()))
+            sample["unlabelled"], _ = _mixed(self.augment, sample["unlabelled"], show(self._raw(other, unlabelled=True)))
+
+    def _other(self, index: int) -> int:
+        """Which picture to mix with a labelled one: a labelled one, drawn as ``balance`` says; with an unlabelled one: any such."""
+        known = self.labels[index] != IGNORE
+        if self.members and known:
+            return self._balanced()
+        alike = ((self.labels != IGNORE) == known).nonzero()[:, 0]
+        return int(alike[int(torch.randint(len(alike), ()))])
 
     def _pipelines(self) -> tuple[Transform, list[Transform]]:
         """What turns the bytes of a picture into ``pixel_values``, and what into each view."""
@@ -266,7 +307,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 class ImageCollate:
     """Joins samples of an `ImageDataset`: ``ids``, ``pixel_values`` [B, C, H, W], ``labels`` [B], ``index`` [B] and, where samples have
-    them, ``aspects`` [B, Q], ``unlabelled`` [B, C, H, W] and ``views``, a list of [B, C, h, w].
+    them, ``mixed_labels`` [B], ``mixed_share`` [B], ``aspects`` [B, Q], ``unlabelled`` [B, C, H, W] and ``views``, a list of [B, C, h, w].
 
     augment: that of the training data; with ``where: batch`` the pictures of training samples are changed here, drawn from numbers
     that came with the samples, so that the same samples together always give the same batch.
@@ -280,7 +321,11 @@ class ImageCollate:
         first = samples[0]
         batch: dict[str, Any] = {
             "ids": [sample["id"] for sample in samples],
-            **{key: torch.tensor([sample[key] for sample in samples]) for key in ("labels", "index")},
+            **{
+                key: torch.tensor([sample[key] for sample in samples])
+                for key in ("labels", "index", "mixed_labels", "mixed_share")
+                if key in first
+            },
             **{
                 key: torch.stack([sample[key] for sample in samples])
                 for key in ("pixel_values", "unlabelled", "aspects")
@@ -364,6 +409,21 @@ def _further(augment: Augment, size: int, channels: int) -> list[nn.Module]:
     if augment.erase:
         steps += [v2.RandomErasing(p=augment.erase)]
     return steps
+
+
+def _mixed(augment: Augment, picture: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """A picture [C, H, W] with another in it, and the other's share."""
+    both = [name for name in ("mixup", "cutmix") if getattr(augment, name)]
+    name = both[int(torch.randint(len(both), ()))] if len(both) > 1 else both[0]
+    pictures, shares = _mixer(name, getattr(augment, name))(torch.stack([picture, other]), torch.arange(2))
+    return pictures[0], float(shares[0, 1])
+
+
+@cache
+def _mixer(name: str, alpha: float) -> Any:
+    """Mixes a batch of two with each other; its labels tell the shares."""
+    v2 = _transforms()
+    return {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=alpha, num_classes=2)
 
 
 @cache

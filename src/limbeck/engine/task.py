@@ -245,6 +245,10 @@ def pictures_task(recipe: Recipe, method: Method, teacher: VLM | nn.Module | Non
         raise BadInput(
             f"the student classifies pictures and the teacher is a vision-language model ({type(teacher.model).__name__})"
         )
+    if not method.reads_mixtures and any(dataset.mixing for dataset in pictures.data.values()):
+        raise BadInput(
+            f"method {method.name!r} learns from whole pictures, and data.augment mixes two (mixup, cutmix); `compose` can"
+        )
     known = getattr(teacher, "classes", ())
     if known and known != pictures.classes and sorted(known) == sorted(pictures.classes):
         raise BadInput(

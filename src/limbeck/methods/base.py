@@ -45,13 +45,15 @@ class Method(nn.Module):
     ``weights`` (term name -> float), and write ``forward``.
 
     unlabelled_beside: where a part of the training pictures is labelled, batches hold labelled ones and, beside them, as many others as
-    ``unlabelled``; else all stand among each other, those without label under -100.
+    ``unlabelled``; else all stand among each other, those without label under -100. reads_mixtures: whether it knows what to make of
+    pictures that are mixed of two (``mixed_labels``, ``mixed_share``).
     """
 
     name: ClassVar[str] = ""
     Config: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
     unlabelled_beside: ClassVar[bool] = False
+    reads_mixtures: ClassVar[bool] = False
     uncached: ClassVar[str] = "it does not say what to keep of its teacher (Method.record)"
 
     student: nn.Module

@@ -59,13 +59,15 @@ class Compose(Method):
     student, teacher: called as ``model(pixel_values)``; teacher may be None where no objective needs one.
     objectives: `Objective`, or what `objective` accepts.
     Batches are {"pixel_values", "labels"}, or (pixel_values, labels); pictures under "unlabelled" pass both models in one batch with these
-    and count in the terms that need a teacher and no labels (`Objective.reads_unlabelled`). Call `prepare` on one before the optimiser is
+    and count in the terms that need a teacher and no labels (`Objective.reads_unlabelled`). Of mixtures of two pictures, "mixed_labels" and
+    "mixed_share" (the other picture's label, and its share) say what `CE` takes them for. Call `prepare` on one before the optimiser is
     made: it creates the adapters. Raises `BadInput` where a needed teacher is missing, or the two models share parameters.
     """
 
     name = "compose"
     Config = ComposeConfig
     unlabelled_beside = True
+    reads_mixtures = True
 
     def __init__(
         self,
@@ -109,6 +111,9 @@ class Compose(Method):
         labels: Any = inputs.get("labels")
         if labels is None and (needing := [name for name, term in self.objectives.items() if term.needs_labels]):
             raise BadInput(f"the batch has no labels, and {', '.join(needing)} needs them")
+        single = [name for name, term in self.objectives.items() if not term.reads_mixtures]
+        if "mixed_share" in inputs and single:
+            raise BadInput(f"data.augment mixes two pictures, and {', '.join(single)} needs one: leave out mixup and cutmix")
         unlabelled = inputs.get("unlabelled")
         if unlabelled is not None and unlabelled.shape[1:] != pixel_values.shape[1:]:
             raise BadInput(

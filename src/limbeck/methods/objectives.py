@@ -102,6 +102,11 @@ class Objective:
         """Whether pictures that stand beside the labelled ones count in it."""
         return self.needs_teacher and not self.needs_labels
 
+    @property
+    def reads_mixtures(self) -> bool:
+        """Whether it knows what to make of a picture that is mixed of two."""
+        return not self.needs_labels
+
     def targets(self, side: Literal["student", "teacher"], model: nn.Module, anatomy: Callable[[], Anatomy]) -> Targets:
         """What it reads of a model: None for the logits, a tap, or several. anatomy: finds the model's usual points."""
         layers: Layers | None = getattr(self, side, None)
@@ -136,7 +141,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class CE(Objective):
-    """Cross-entropy with the labels; a label of -100 is ignored. label_smoothing: in [0, 1]."""
+    """Cross-entropy with the labels; a label of -100 is ignored. label_smoothing: in [0, 1].
+
+    Of a mixture of two pictures: with both labels, by their shares (mixup, arXiv 1710.09412).
+    """
 
     name = "ce"
     needs_teacher = False
@@ -161,8 +169,18 @@ class CE(Objective):
         if outside.numel():
             raise BadInput(f"the student has {classes} classes, and a label is {outside[0].item()}; expected 0 to {classes - 1}")
 
-    def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return losses.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+    @property
+    def reads_mixtures(self) -> bool:
+        return True
+
+    def compute(self, given: Given) -> Tensor:
+        if "mixed_share" not in given.batch:
+            return losses.cross_entropy(given.student, given.labels, label_smoothing=self.label_smoothing)
+        own, other = (
+            losses.cross_entropy(given.student, labels, label_smoothing=self.label_smoothing, reduction="none")
+            for labels in (given.labels, given.batch["mixed_labels"])
+        )
+        return own.lerp(other, given.batch["mixed_share"].to(own.dtype)).sum() / (given.labels != -100).sum().clamp_min(1)
 
 
 class LogitObjective(Objective):
@@ -560,6 +578,10 @@ class CRD(PooledObjective):
     momentum: float = 0.5
     width: int = 128
     mode: Literal["exact", "relax"] = "exact"
+
+    @property
+    def reads_mixtures(self) -> bool:
+        return False  # its memory knows whole pictures
 
     def part(self, student: Tensor, teacher: Tensor, sides: Sides) -> nn.Module:
         if sides.samples is None:

@@ -175,6 +175,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if train and balance == "class" and not self.members:
             raise BadInput("data.balance: class needs labels, and no picture has one")
         self.mixing = self.augment is not None and self.augment.mixes
+        known = self.labels != IGNORE
+        self.alike = [positions.nonzero()[:, 0] for positions in (~known, known)] if self.mixing else []
         if self.mixing and self.views is not None:
             raise BadInput(
                 "data.augment mixes whole pictures (mixup, cutmix), and data.views shows crops of one: leave one of them out"
@@ -245,10 +247,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _other(self, index: int) -> int:
         """Which picture to mix with a labelled one: a labelled one, drawn as ``balance`` says; with an unlabelled one: any such."""
-        known = self.labels[index] != IGNORE
+        known = bool(self.labels[index] != IGNORE)
         if self.members and known:
             return self._balanced()
-        alike = ((self.labels != IGNORE) == known).nonzero()[:, 0]
+        alike = self.alike[known]
         return int(alike[int(torch.randint(len(alike), ()))])
 
     def _pipelines(self) -> tuple[Transform, list[Transform]]:
@@ -413,8 +415,8 @@ def _further(augment: Augment, size: int, channels: int) -> list[nn.Module]:
 
 def _mixed(augment: Augment, picture: Tensor, other: Tensor) -> tuple[Tensor, float]:
     """A picture [C, H, W] with another in it, and the other's share."""
-    both = [name for name in ("mixup", "cutmix") if getattr(augment, name)]
-    name = both[int(torch.randint(len(both), ()))] if len(both) > 1 else both[0]
+    kinds = [name for name in ("mixup", "cutmix") if getattr(augment, name)]
+    name = kinds[int(torch.randint(len(kinds), ()))]
     pictures, shares = _mixer(name, getattr(augment, name))(torch.stack([picture, other]), torch.arange(2))
     return pictures[0], float(shares[0, 1])
 

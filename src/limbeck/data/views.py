@@ -175,8 +175,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if train and balance == "class" and not self.members:
             raise BadInput("data.balance: class needs labels, and no picture has one")
         self.mixing = self.augment is not None and self.augment.mixes
-        known = self.labels != IGNORE
-        self.alike = [positions.nonzero()[:, 0] for positions in (~known, known)] if self.mixing else []
+        self.alike = [(self.labels == IGNORE).nonzero()[:, 0], (self.labels != IGNORE).nonzero()[:, 0]] if self.mixing else []
         if self.mixing and self.views is not None:
             raise BadInput(
                 "data.augment mixes whole pictures (mixup, cutmix), and data.views shows crops of one: leave one of them out"
@@ -250,8 +249,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         known = bool(self.labels[index] != IGNORE)
         if self.members and known:
             return self._balanced()
-        alike = self.alike[known]
-        return int(alike[int(torch.randint(len(alike), ()))])
+        return int(self.alike[known][int(torch.randint(len(self.alike[known]), ()))])
 
     def _pipelines(self) -> tuple[Transform, list[Transform]]:
         """What turns the bytes of a picture into ``pixel_values``, and what into each view."""

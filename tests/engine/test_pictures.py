@@ -103,8 +103,41 @@ def test_a_recipe_asks_its_teacher_once_for_all_arms_and_runs(tmp_path, monkeypa
     assert "cache" in yaml.safe_load((tmp_path / "bench/ce/seed-0/recipe.yaml").read_text())
     run({**spec, "train": {**spec["train"], "seed": 7, "lr": 1e-3}}, out=tmp_path / "again", quiet=True)
     assert len(asked) == once, "another seed and learning rate ask nothing"
+    heavier = {"name": "compose", "objectives": [{"ce": {"weight": 0.3}}, "kd"]}
+    other = {"source": "tiny", "name": "cnn", "options": {"widths": [3, 5, 7]}}
+    run({**spec, "method": heavier, "student": other}, out=tmp_path / "other", quiet=True)
+    assert len(asked) == once, "other weights of terms and another student ask nothing"
+    run({**spec, "cache": {"views": 1}}, out=tmp_path / "views", quiet=True)
+    assert len(asked) > once
     with pytest.raises(BadInput, match="draws the training data anew for each seed"):
         bench({**spec, "data": {"source": "digits", "limit": 50}}, seeds=2, out=tmp_path / "drawn", quiet=True)
+
+
+@pytest.mark.parametrize(("written_for", "stages"), [([4, 8], 3), ([4, 8, 12], 2)])
+def test_a_cache_serves_students_of_any_number_of_stages(written_for, stages, tmp_path):
+    """Of a teacher's usual stages, as many as the student has, the deepest: from the cache as from the teacher."""
+
+    def of(widths, **changes):
+        return recipe(
+            {"name": "compose", "objectives": ["ce", "at"]},
+            teacher={"source": "tiny", "name": "cnn", "options": {"widths": [6, 10, 14]}},
+            student={"source": "tiny", "name": "cnn", "options": {"widths": widths}},
+            **changes,
+        )
+
+    cache(of(written_for), out=tmp_path / "cache", quiet=True)
+    widths = [4, 8, 12][:stages]
+    live, cached = (build_task(load_recipe(of(widths, **given))).method for given in ({}, {"cache": str(tmp_path / "cache")}))
+    task = build_task(load_recipe(of(widths, cache=str(tmp_path / "cache"))))
+    batch = task.collate([task.data["train"].draw(0, index) for index in range(16)])
+    bare = {key: value for key, value in batch.items() if key != "taught"}
+    terms = []
+    for method, shown in ((live, bare), (cached, batch)):
+        method.load_state_dict(live.state_dict(), strict=False)
+        method.eval().prepare(shown)
+        assert len(method.plan()) == 1 + stages
+        terms.append(method(shown)["at"])
+    torch.testing.assert_close(*terms, rtol=2e-3, atol=0)
 
 
 def test_unlabelled_pictures_reach_every_method(tmp_path):

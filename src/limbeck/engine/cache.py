@@ -29,15 +29,24 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from limbeck import __version__
 from limbeck.batch import Batch
 from limbeck.engine.batches import loaded, typical_batch, typical_samples, worker_count
 from limbeck.engine.checkpoint import sync, write_atomically
-from limbeck.engine.config import TrainConfig
-from limbeck.engine.fingerprint import difference, identity
+from limbeck.engine.fingerprint import difference, identity, recorded
 from limbeck.engine.pictures import check_alone
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import CacheSpec, Recipe, load_recipe
-from limbeck.engine.task import Task, build_task, cache_folder, check_cacheable, data_specs, learns_from_teacher, taught_stages
+from limbeck.engine.task import (
+    Task,
+    build_task,
+    cache_folder,
+    check_cacheable,
+    classifies,
+    data_specs,
+    learns_from_teacher,
+    taught_stages,
+)
 from limbeck.engine.taught import drawn, matches, sample_ids, seal
 from limbeck.engine.trainer import PRECISION, forget_accelerator, place
 from limbeck.errors import BadInput
@@ -149,11 +158,7 @@ def asked_once(recipe: Recipe) -> Recipe:
     from limbeck.engine.run import one_at_a_time, processes
 
     spec = recipe.cache
-    alone = recipe.model_copy(update={"train": TrainConfig(precision=recipe.train.precision), "arms": (), "evaluate": ()})
-    teacher = recipe.teacher
-    trained = load_recipe(teacher.name).fingerprint if teacher is not None and teacher.source == "recipe" else ""
-    known = hashlib.blake2b(f"{alone.fingerprint}{trained}".encode(), digest_size=8).hexdigest()
-    folder = cache_folder() / "answers" / f"{recipe.method.name}-{known}"
+    folder = cache_folder() / "answers" / f"{recipe.method.name}-{_known_by(recipe)}"
     done, state = folder.with_name(f"{folder.name}.done"), processes()
     with one_at_a_time(folder.with_name(f"{folder.name}.lock"), state):
         [missing] = broadcast_object_list([not done.exists()])
@@ -165,6 +170,24 @@ def asked_once(recipe: Recipe) -> Recipe:
             if state.is_main_process:
                 done.touch()
     return recipe.model_copy(update={"cache": str(folder)})
+
+
+def _known_by(recipe: Recipe) -> str:
+    """By what `asked_once` finds the answers again: all of a recipe that they depend on. The student is a part of it where samples are
+    tokens of its own."""
+    told: dict[str, Any] = {
+        "version": __version__,
+        "method": recorded(recipe),
+        "data": {stage: spec.model_dump(mode="json") for stage, spec in data_specs(recipe).items()},
+        "precision": recipe.train.precision,
+        "cache": recipe.model_dump(mode="json")["cache"],
+        "teacher": recipe.teacher and recipe.teacher.model_dump(mode="json"),
+    }
+    if recipe.teacher is not None and recipe.teacher.source == "recipe":
+        told["teacher"]["name"] = load_recipe(recipe.teacher.name).fingerprint
+    if not classifies(recipe):
+        told["student"] = recipe.student.model_dump(mode="json")
+    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Claims:
@@ -199,7 +222,7 @@ class Claims:
 
 def agree(folder: Path, recipe: Recipe, task: Task, ask: Callable[[Batch, int], dict[str, Rows]], **given: int | None) -> Index:
     """The index of the folder: written by who comes first; who comes later must want the same."""
-    ours = identity(recipe, task.method, {stage: data_specs(recipe)[stage] for stage in taught_stages(recipe, task.method)})
+    ours = identity(recipe, {stage: data_specs(recipe)[stage] for stage in taught_stages(recipe, task.method)})
     if (folder / "cache.json").exists():
         index = read_index(folder)
         differs = difference(index.identity, ours)

@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.engine.checkpoint import digest
 from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe
 from limbeck.errors import BadInput
-from limbeck.methods.base import Method
+from limbeck.methods.registry import configure, find
 from limbeck.teachers.cached import Scalar
 
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what from_pretrained reads of a folder
@@ -29,14 +29,20 @@ NOT_ANSWERS = {
 }  # keys of data that change no sample
 
 
-def identity(recipe: Recipe, method: Method, specs: Mapping[str, DataSpec]) -> dict[str, Scalar]:
+def recorded(recipe: Recipe) -> Mapping[str, Any]:
+    """The hyper-parameters of a recipe's method that its teacher's answers depend on."""
+    method = find(recipe.method.name).load()
+    return method.recorded(vars(configure(method, recipe.method.hyper)))
+
+
+def identity(recipe: Recipe, specs: Mapping[str, DataSpec]) -> dict[str, Scalar]:
     """Teacher, method and data by dotted name. Files are known by their content, not by where they lie: those of the teacher that are
     not on this machine are left out. Samples are known by their ids and seals, so the data's paths are left out too."""
     teacher = {} if recipe.teacher is None else _teacher(recipe.teacher)
     data = {
         stage: {key: value for key, value in spec.model_dump().items() if key not in NOT_ANSWERS} for stage, spec in specs.items()
     }
-    return _flat({"teacher": teacher, "method": {"name": method.name, **method.recorded()}, "data": data})
+    return _flat({"teacher": teacher, "method": {"name": recipe.method.name, **recorded(recipe)}, "data": data})
 
 
 def difference(written: Mapping[str, Scalar], ours: Mapping[str, Scalar]) -> str | None:

@@ -191,7 +191,7 @@ def learns_from_teacher(recipe: Recipe) -> bool:
 def check_fingerprint(recipe: Recipe, method: Method, cached: CachedTeacher) -> None:
     """`BadInput` that names the first thing in which the cache is not this recipe's."""
     specs = data_specs(recipe)
-    ours = identity(recipe, method, {stage: specs[stage] for stage in taught_stages(recipe, method)})
+    ours = identity(recipe, {stage: specs[stage] for stage in taught_stages(recipe, method)})
     differs = difference(cached.index.identity, ours)
     if differs:
         raise BadInput(

@@ -109,8 +109,9 @@ class Method(nn.Module):
         by it, so that however a batch is split, its gradient is that of the whole."""
         return len(batch["ids"])
 
-    def recorded(self) -> Mapping[str, Any]:
-        """The settings (JSON values) that `record` depends on: a cache that was written under others is refused."""
+    @classmethod
+    def recorded(cls, hyper: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of its hyper-parameters (JSON values) that `record` depends on: a cache that was written under others is refused."""
         return {}
 
     def record(self, batch: Batch, top_k: int) -> dict[str, Rows]:

@@ -166,10 +166,11 @@ class Compose(Method):
             student = term.shipped(student, parts.get(name))
         return student
 
-    def recorded(self) -> dict[str, Any]:
+    @classmethod
+    def recorded(cls, hyper: Mapping[str, Any]) -> dict[str, Any]:
         return {
             name: {"temperature": term.temperature} if isinstance(term, KD) else {"teacher": getattr(term, "teacher", "logits")}
-            for name, term in self.objectives.items()
+            for name, term in named(hyper["objectives"]).items()
             if term.needs_teacher
         }
 
@@ -178,7 +179,7 @@ class Compose(Method):
         entries = {}
         pixel_values = _inputs(batch)["pixel_values"]
         if not self.teacher_reads:
-            self._place_taps(pixel_values, None)
+            self._place_taps(pixel_values, None, to_fit=False)  # another student may have more stages
         for label, told in self._ask(pixel_values, self.objectives).items():
             term, samples = self.objectives[label.partition("@")[0]], len(pixel_values)
             if not isinstance(told, Tensor) or len(told) != samples or (isinstance(term, KD) and told.dim() != 2):
@@ -188,20 +189,21 @@ class Compose(Method):
             entries[label] = Rows(top_k_of(told, top_k, temperature=term.temperature) if isinstance(term, KD) else told, counts)
         return entries
 
-    def _place_taps(self, pixel_values: Tensor, taught: Mapping[str, Any] | None) -> None:
-        """Find out what each term reads of each model, and where its usual points are if it asks for those."""
+    def _place_taps(self, pixel_values: Tensor, taught: Mapping[str, Any] | None, *, to_fit: bool = True) -> None:
+        """Find out what each term reads of each model, and where its usual points are if it asks for those. to_fit: of several layers, no
+        more of one model than the other has."""
         teacher = None if self.teacher is None else self.teacher.module
         for name, term in self.objectives.items():
-            targets = term.targets("student", self.student, partial(_anatomy, self.student, pixel_values))
-            told: Targets = None
+            ours = _labelled(name, term.targets("student", self.student, partial(_anatomy, self.student, pixel_values)))
+            theirs: dict[str, Tap] = {}
             if term.needs_teacher and teacher is not None:
-                told = term.targets("teacher", teacher, partial(_anatomy, teacher, pixel_values))
-            if term.needs_teacher and teacher is None and taught is not None:
-                count = sum(label.startswith(f"{name}@") for label in taught)
-                told = tuple(("", "output") for _ in range(count)) if count else None
-            if isinstance(targets, tuple) and isinstance(targets[0], tuple) and isinstance(told, tuple) and told:
-                targets, told = _deepest(name, term, targets, told)
-            self.student_reads[name], self.teacher_reads[name] = _labelled(name, targets), _labelled(name, told)
+                theirs = _labelled(name, term.targets("teacher", teacher, partial(_anatomy, teacher, pixel_values)))
+            elif term.needs_teacher and taught is not None:
+                theirs = {label: (label, "output") for label in taught if label.startswith(f"{name}@")}
+            if theirs and name not in ours | theirs:
+                fitting = _deepest(name, term, ours, theirs)
+                ours, theirs = fitting if to_fit else (ours, theirs)
+            self.student_reads[name], self.teacher_reads[name] = ours, theirs
         self.student_taps = taps.Places({label: place for reads in self.student_reads.values() for label, place in reads.items()})
         self.teacher_taps = taps.Places({label: place for reads in self.teacher_reads.values() for label, place in reads.items()})
 
@@ -328,14 +330,16 @@ def _labelled(name: str, targets: Targets) -> dict[str, Tap]:
     return {name: targets}
 
 
-def _deepest(name: str, term: Objective, ours: Any, theirs: Any) -> tuple[Any, Any]:
+def _deepest(
+    name: str, term: Objective, ours: Mapping[str, Tap], theirs: Mapping[str, Tap]
+) -> tuple[dict[str, Tap], dict[str, Tap]]:
     """As many layers of each model, the deepest, where "@stages" left it open how many; `BadInput` where the user's lists differ."""
     if len(ours) != len(theirs) and "@stages" not in (getattr(term, "student", ""), getattr(term, "teacher", "")):
         raise BadInput(f"{name}: {len(ours)} layers of the student and {len(theirs)} of the teacher; name as many of each")
     count = min(len(ours), len(theirs))
     if not count:
         raise BadInput(f"{name}: no usual points were found in these models: name layers (`limbeck taps` lists them)")
-    return ours[-count:], theirs[-count:]
+    return dict(list(ours.items())[-count:]), dict(list(theirs.items())[-count:])
 
 
 def _read(name: str, reads: Mapping[str, Any], features: Mapping[str, Any]) -> Any:

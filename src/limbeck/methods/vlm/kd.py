@@ -9,6 +9,7 @@ weight of the teacher in the mixture of the generalised JSD, as in GKD.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,8 +50,9 @@ class KD(VLMMethod):
         super().__init__(student, teacher, **hyper)
         self.weights = {"ce": self.config.ce, "kd": self.config.kd}
 
-    def recorded(self) -> dict[str, Any]:
-        return {"temperature": self.config.temperature}
+    @classmethod
+    def recorded(cls, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        return {"temperature": hyper["temperature"]}
 
     def record(self, batch: Batch, top_k: int) -> dict[str, Rows]:
         return {"kd": self.teacher_top_k(batch, top_k, self.config.temperature)}

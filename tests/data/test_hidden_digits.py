@@ -90,6 +90,16 @@ def test_copies_are_of_training_digits_alone():
     assert len(load_images(spec, "val").records) == len(load_images({"source": "hidden-digits"}, "val").records)
 
 
+def test_copies_of_a_digit_are_in_one_part():
+    def numbers(**more) -> list[str]:
+        return [record.id.split("-")[1] for record in load_images({"source": "hidden-digits", **more}, "train").records]
+
+    low, high = numbers(part=[0, 0.25], copies=3), numbers(part=[0.25, 1], copies=3)
+    assert not set(low) & set(high)
+    assert sorted(low + high) == sorted(numbers(copies=3))
+    assert set(low) == set(numbers(part=[0, 0.25]))
+
+
 def test_bad_input():
     with pytest.raises(BadInput, match="copies"):
         load_images({**SPEC, "copies": 0}, "train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections import Counter
@@ -14,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +165,34 @@ def test_image_folders_that_are_refused(tmp_path):
     assert "their sum must be below 1" in refused({**spec, "val_fraction": 0.5, "test_fraction": 0.5})
 
 
+def test_the_folders_of_splits_may_be_capitalised(tmp_path):
+    for place, each in (("Train", 3), ("VALID", 2), ("Test", 1)):
+        animals(tmp_path / place, each)
+    spec = {"source": "imagefolder", "path": str(tmp_path)}
+    assert [load_images(spec, split).classes for split in SPLITS] == [ANIMALS] * 3
+    assert [counts(spec, split) for split in SPLITS] == [[3] * 3, [2] * 3, [1] * 3]
+    for place, twin, split in (("VALID", "valid", "val"), ("Train", "train", "train")):
+        animals(tmp_path / twin, 1)
+        assert f"holds the folders {place} and {twin}, expected one of them for the {split} split" in refused(spec, split)
+
+
+def test_a_folder_that_is_called_like_a_number_is_a_class(tmp_path):
+    animals(tmp_path, 1, ("-1", "0", "1"))
+    spec = {"source": "imagefolder", "path": str(tmp_path)}
+    assert seen(load_images(spec, "train")) == [("-1/0.png", 0, "-1"), ("0/0.png", 50, "0"), ("1/0.png", 100, "1")]
+    assert "class '-1' is not among the 2" in refused({**spec, "class_names": [0, 1]})
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    animals(tmp_path, 2, ("ant",))
+    (tmp_path / "ant" / "1.png").rename(tmp_path / "ant" / os.fsdecode(b"gr\xfcn.png"))
+    (tmp_path / "ant").rename(tmp_path / os.fsdecode(b"\xe4"))
+    images = load_images({"source": "imagefolder", "path": str(tmp_path)}, "train")
+    assert seen(images) == [(r"\udce4/0.png", 0, r"\udce4"), (r"\udce4/gr\udcfcn.png", 1, r"\udce4")]
+    path = shard(tmp_path / "a.tar", {os.fsdecode(b"\xfc.png"): encoded(7), os.fsdecode(b"\xfc.cls"): b"0"})
+    assert seen(load_images({"source": "webdataset", "path": str(path)}, "train")) == [(r"\udcfc", 7, "0")]
+
+
 def test_class_names_fix_the_order(tmp_path):
     animals(tmp_path, 1)
     spec = {"source": "imagefolder", "path": str(tmp_path), "class_names": ["cat", "ant", "bee"]}
@@ -293,6 +324,67 @@ def test_parquet_and_datasets_keep_their_class_names(tmp_path):
     (held_out,) = load_images(spec, "val").records
     assert (grey(held_out), held_out.label) == (40, 1)
     assert "no split 'evl': did you mean 'eval'" in refused({**spec, "val_split": "evl"}, "val")
+
+
+def animal_rows(names: list[str], labels: list[int]) -> datasets.Dataset:
+    """Picture k is of the grey 10 * k."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    cells = [{"bytes": encoded(10 * k), "path": None} for k in range(len(labels))]
+    return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+def test_integers_are_of_their_own_tables_names(tmp_path):
+    train, val = animal_rows(["cat", "dog", "-1"], [0, 0, 1, -1, 2]), animal_rows(["dog", "cat"], [0, 1])
+    train.to_parquet(str(tmp_path / "a.parquet"))
+    val.to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "eval"]}))
+    train.save_to_disk(tmp_path / "both" / "train")
+    val.save_to_disk(tmp_path / "both" / "eval")
+    for spec in (
+        {"source": "parquet", "path": str(tmp_path / "a.parquet"), "val_path": str(tmp_path / "b.parquet")},
+        {"source": "hf", "path": str(tmp_path / "both"), "val_split": "eval"},
+    ):
+        for order in (("cat", "dog", "-1"), ("-1", "dog", "cat")):
+            named = {**spec, "class_names": order}
+            assert load_images(named, "train").classes == order
+            assert [name for *_, name in seen(load_images(named, "train"))] == ["cat", "cat", "dog", None, "-1"]
+            assert [name for *_, name in seen(load_images(named, "val"))] == ["dog", "cat"]
+        assert [name for *_, name in seen(load_images(spec, "val"))] == ["dog", "cat"]
+        assert "class 'cat' is not among the 2" in refused({**spec, "class_names": ["dog", "ant"]})
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.set_column(1, table.field(1), pa.array([0, 1, 2, -1, 3])), tmp_path / "a.parquet")
+    spec = {"source": "parquet", "path": str(tmp_path / "a.parquet"), "class_names": ["-1", "dog", "cat", "ant"]}
+    assert "row 5 (row-5): label 3 is beyond the 3 names of its column" in refused(spec)
+
+
+def test_integers_too_large_to_be_indices_are_names(tmp_path):
+    animals(tmp_path, 1)
+    rows = {"image": [f"{name}/0.png" for name in (*ANIMALS, "ant")], "label": [1, 250_000, 1, 250_000]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.Dataset.from_dict({"image": ["ant/0.png"], "label": [0]}).to_parquet(str(tmp_path / "b.parquet"))
+    spec = {"source": "parquet", "path": str(tmp_path / "a.parquet"), "val_path": str(tmp_path / "b.parquet")}
+    images = load_images(spec, "train")
+    assert images.classes == ("1", "250000")
+    assert [name for *_, name in seen(images)] == ["1", "250000", "1", "250000"]
+    assert "class '0' is not among the 2 of the training data" in refused(spec, "val")
+
+
+def test_class_names_that_are_integers_are_names_first(tmp_path):
+    animals(tmp_path, 1)
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"image": [f"{name}/0.png" for name in ANIMALS], "label": [1, 2, 3]}).to_parquet(str(path))
+    images = load_images({"source": "parquet", "path": str(path), "class_names": [1, 2, 3]}, "train")
+    assert [name for *_, name in seen(images)] == ["1", "2", "3"]
+
+
+def test_tables_of_pictures_alone(tmp_path):
+    data = datasets.Dataset.from_dict({"image": [encoded(10 * k) for k in range(3)]})
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.save_to_disk(tmp_path / "data")
+    for source, path in (("parquet", tmp_path / "a.parquet"), ("hf", tmp_path / "data")):
+        images = load_images({"source": source, "path": str(path), "columns": {"label": "-"}}, "train")
+        assert seen(images) == [(f"row-{k + 1}", 10 * k, None) for k in range(3)]
 
 
 def test_parquet_of_paths_and_bytes(tmp_path):
@@ -491,6 +583,14 @@ def test_a_long_tail_decays_exponentially():
     assert "imbalance: 1e+06 leaves class" in refused({**spec, "imbalance": 1e6})
 
 
+def test_a_class_without_pictures_has_no_place_in_a_long_tail(tmp_path):
+    animals(tmp_path, 4)
+    rows = [{"image": f"{name}/{k}.png", "label": label} for label, name in enumerate(ANIMALS, start=1) for k in range(4)]
+    spec = {"source": "csv", "path": str(table(tmp_path / "a.csv", rows)), "imbalance": 2}
+    assert "imbalance: class '0' has no training pictures to begin with: name those that have some" in refused(spec)
+    assert counts({**spec, "classes": [1, 2, 3]}) == [4, 3, 2]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 5))
 def test_a_limit_keeps_proportions_and_is_nested(sizes, limit, seed):
@@ -542,6 +642,16 @@ def test_wrong_specs_are_refused_in_one_line():
     assert "elpv: cell_type: Input should be 'mono', 'poly' or 'both'" in refused({"source": "elpv", "cell_type": "thin"})
 
 
+def test_rows_of_one_picture_are_in_one_part(tmp_path):
+    animals(tmp_path, 8, ("ant",))
+    rows = [{"image": f"ant/{k % 8}.png", "label": "ant"} for k in range(24)]
+    spec = {"source": "csv", "path": str(table(tmp_path / "a.csv", rows))}
+    low, high = (
+        {grey(record) for record in load_images({**spec, "part": part}, "train").records} for part in ([0, 0.5], [0.5, 1])
+    )
+    assert len(low) == len(high) == 4 and not low & high
+
+
 def test_another_package_may_add_a_source(monkeypatch):
     monkeypatch.setattr(images_module, "IMAGE_SOURCES", dict(images_module.IMAGE_SOURCES))
 
@@ -568,5 +678,9 @@ def test_parts_share_no_picture_and_are_the_whole_together():
     assert (
         load_images({"source": "digits", "part": [0, 0.25]}, "test").records == load_images({"source": "digits"}, "test").records
     )
+    for classes in (["3", "5", "8"], {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}):
+        chosen = {"source": "digits", "classes": classes}
+        one, other = (set(ids({**chosen, "part": part})) for part in ([0, 0.25], [0.25, 1]))
+        assert one <= low and other <= high and one | other == set(ids(chosen))
     with pytest.raises(BadInput, match="two shares with the lesser first"):
         load_images({"source": "digits", "part": [0.5, 0.5]}, "train")

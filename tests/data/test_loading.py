@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,12 @@ def test_of_several_annotators_answers_the_most_frequent_counts(tmp_path, pictur
     rows = [
         {"image": "0.png", "question": "?", "answers": ["red", "blue", "blue"]},
         {"image": "0.png", "question": "?", "answers": [{"answer": "b"}, {"answer": "a"}]},
+        {"image": "0.png", "question": "?", "answers": [0, 0]},
+        {"image": "0.png", "question": "?", "answers": [{"answer": 0}]},
+        {"image": "0.png", "question": "?", "answers": ["", None, " ", "yes"]},
     ]
     loaded = load_data(jsonl(write(tmp_path / "a.jsonl", rows), pictures), "train")
-    assert [record.turns[0][1] for record in loaded.records] == ["blue", "b"]
+    assert [record.turns[0][1] for record in loaded.records] == ["blue", "b", "0", "0", "yes"]
 
 
 def test_llava_conversations_as_lines_and_as_a_list(tmp_path, pictures):
@@ -112,6 +116,26 @@ def test_llava_conversations_as_lines_and_as_a_list(tmp_path, pictures):
         assert second.turns == (("compare  and", "same"),)
         assert [grey(second, which) for which in (0, 1)] == [20, 40]
         assert third == VQARecord("e", (), (("hi", "ho"),))
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n", b" \r\n\t", b"\xef\xbb\xbf\n"])
+def test_a_byte_order_mark_or_blanks_may_come_first(tmp_path, pictures, before):
+    rows = [simple(0), simple(1)]
+    for name, text in (("a.json", json.dumps(rows, indent=1)), ("a.jsonl", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_bytes(before + text.encode())
+        loaded = load_data(jsonl(tmp_path / name, pictures), "train")
+        assert [record.id for record in loaded.records] == ["0.png", "1.png"], name
+
+
+def test_names_that_are_not_utf_8(tmp_path, pictures):
+    name = os.fsdecode(b"gr\xfcn.png")
+    (pictures / "5.png").rename(pictures / name)
+    spec = jsonl(
+        write(tmp_path / "a.jsonl", [simple(0, image=name), simple(0, image=name, id=name)]), pictures, val_fraction=0.99
+    )
+    records = load_data(spec, "val").records
+    assert [record.id for record in records] == [r"gr\udcfcn.png", r"gr\udcfcn.png#2"]
+    assert [grey(record) for record in records] == [100, 100]
 
 
 def test_columns_may_have_other_names(tmp_path, pictures):

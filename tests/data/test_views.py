@@ -115,6 +115,18 @@ def test_a_cached_picture_is_decoded_once(tmp_path):
     assert "cannot be read" in refused(lambda: plain[0])
 
 
+def test_small_data_are_kept_in_memory_by_what_is_kept_of_a_picture(monkeypatch):
+    monkeypatch.setattr(views_module, "CACHED_BYTES", 4 * 3 * 8 * 8)
+    shown = {
+        "resized": ImageDataset(coloured(4), size=8, cache=None),
+        "one more": ImageDataset(coloured(5), size=8, cache=None),
+        "whole": ImageDataset(coloured(4), size=8, train=True, augment=Augment(crop=(0.5, 1.0)), cache=None),
+        "as they are": ImageDataset(coloured(4), cache=None),
+        "asked for": ImageDataset(coloured(4), cache=True),
+    }
+    assert {name for name, dataset in shown.items() if dataset._cache is not None} == {"resized", "asked for"}
+
+
 # Augmentation
 
 

@@ -6,6 +6,7 @@ A row is either simple, ``{"image": "a.jpg", "question": "...", "answer": "..."}
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import Counter
@@ -118,15 +119,18 @@ def read_json(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise BadInput(f"there is no file {path}")
     with path.open("rb") as file:
-        if file.read(1) == b"[":
-            file.seek(0)
+        start = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        file.seek(start)
+        while (first := file.read(1)).isspace():
+            pass
+        file.seek(start)
+        if first == b"[":
             try:
                 rows = json.load(file)
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path} begins like a JSON list but is none: {error}") from error
             yield from (_row(number, values) for number, values in enumerate(rows, start=1))
             return
-        file.seek(0)
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -149,7 +153,7 @@ def read_arrow(dataset: Any, columns: Columns, locate: Callable[[str], Path]) ->
     text = arrow.select_columns([name for name in dataset.column_names if name in wanted])
     for start in range(0, len(dataset), _ARROW_BATCH):
         stop = min(start + _ARROW_BATCH, len(dataset))
-        rows = text[start:stop].to_pylist()
+        rows = text[start:stop].to_pylist() if text.column_names else [{} for _ in range(start, stop)]
         if pictures is not None:
             cells = pictures[start:stop].column(0)
             is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
@@ -174,7 +178,7 @@ def to_record(row: Row, columns: Columns, locate: Callable[[str], Path]) -> VQAR
 def row_id(row: Row, columns: Columns) -> str:
     """The row's own id, else its first picture's path, else "row-" and its number."""
     value = (row.values or {}).get(columns.id or "")
-    return _picture(row, columns) or f"row-{row.number}" if value in (None, "") else str(value)
+    return _picture(row, columns) or f"row-{row.number}" if value in (None, "") else encodable(str(value))
 
 
 def row_group(row: Row, columns: Columns) -> str:
@@ -182,10 +186,15 @@ def row_group(row: Row, columns: Columns) -> str:
     return _picture(row, columns) or row_id(row, columns)
 
 
+def encodable(name: str) -> str:
+    """A name that can be hashed and stored: what of a file's name is no UTF-8 is written out, as ``\\udcfc``."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _picture(row: Row, columns: Columns) -> str:
     cell = (row.values or {}).get(columns.image or "")
     first = cell[0] if isinstance(cell, list) and cell else cell
-    return first if isinstance(first, str) else ""
+    return encodable(first) if isinstance(first, str) else ""
 
 
 def _row(number: int, values: Any) -> Row:
@@ -247,10 +256,11 @@ def _question(value: Any) -> str:
 
 
 def _answer(value: Any) -> str:
-    """An answer's words; of several annotators' the most frequent, the first of those where they tie."""
+    """An answer's words; of several annotators' (blank ones aside) the most frequent, the first of those where they tie."""
     if isinstance(value, list):
         given = [item.get("answer") if isinstance(item, Mapping) else item for item in value]
-        value = Counter(str(item) for item in given if item is not None).most_common(1)[0][0] if any(given) else None
+        texts = [str(item).strip() for item in given if item is not None]
+        value = next((text for text, _ in Counter(filter(None, texts)).most_common(1)), None)
     if value is not None and not isinstance(value, str | int | float):
         raise BrokenRow(f"answer is neither text nor number: {_short(value)}")
     text = "" if value is None else str(value).strip()

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from limbeck.data.embedded.digit_scenes import SPLITS, Split
 from limbeck.data.embedded.hidden_digits import PLACE_SEED, hidden
-from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, StoredImage, read_arrow, row_group, row_id
+from limbeck.data.formats import BrokenRow, Columns, ImageFolder, Row, StoredImage, encodable, read_arrow, row_group, row_id
 from limbeck.data.loading import Check, Settings, datasets_library, faulty, hashed, reported
 from limbeck.data.records import ImageSource
 from limbeck.errors import BadInput
@@ -34,7 +34,7 @@ Name = str | int
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_FOLDERS = {"val": ("val", "valid", "validation"), "test": ("test",)}
+_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _USUAL = {
     "id": ("id", "image_id"),
     "image": ("image", "path", "file", "file_name", "filename", "image_path", "img"),
@@ -48,11 +48,13 @@ _MOST_CLASSES = 100_000  # integers beyond it are names rather than class indice
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """A picture and its class's index; -100 where it is unlabelled. id: unique within a split."""
+    """A picture and its class's index; -100 where it is unlabelled. id: unique within a split. group: of pictures that no part tears
+    apart; "" stands for the picture alone."""
 
     id: str
     image: ImageSource
     label: int
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class LabelledImages:
 class Selection(Settings):
     """What every source understands. All but ``classes`` and ``max_broken`` concern the training split alone, in this order:
 
+    part: [from, to]: a share of each class of the source, the same whatever the seed and ``classes``; a teacher and a student of two
+    parts share no picture.
     classes: the names of the classes to keep, in this order, or new name -> names of the classes that it merges; of every split.
-    part: [from, to]: a share of each class, the same whatever the seed; a teacher and a student of two parts share no picture.
     limit: at most so many pictures, in the classes' own proportions.
     imbalance: a long tail: class c of C keeps n * imbalance^(-c / (C - 1)) pictures, n as many as the classes allow.
     shots, labelled_fraction: the labelled pictures of each class, as a number or a share (at least one). The others are dropped or,
@@ -96,8 +99,8 @@ class Selection(Settings):
     answers: a JSON file of a teacher's answers: see `read_answers`.
     """
 
-    classes: tuple[Name, ...] | dict[Name, tuple[Name, ...]] | None = None
     part: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
+    classes: tuple[Name, ...] | dict[Name, tuple[Name, ...]] | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
     imbalance: Annotated[float, Field(ge=1)] | None = None
     shots: Annotated[int, Field(gt=0)] | None = None
@@ -159,7 +162,7 @@ class UserImages(Pooled):
 
     Held out is by a hash of the picture's path (of its id where it has none), so that a picture stays where it is when others are
     added. check: how far each picture is read beforehand: decoded, its header, or only whether the file is there. class_names: all
-    classes in order, where the order of their names in the training data will not do, or names for integer labels.
+    classes in order, where the order of their names in the training data will not do, or names for integer labels that have none.
     """
 
     path: str
@@ -249,7 +252,10 @@ class Shards(Files):
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture as a source has it: its number from 1, what its class is called, or why it cannot be used."""
+    """A picture as a source has it: its number from 1, what its class is called, or why it cannot be used.
+
+    named: that the label is a class's name, even where it looks like a negative integer.
+    """
 
     number: int
     id: str
@@ -257,6 +263,7 @@ class Sample:
     image: ImageSource | None
     label: Any
     problem: str = ""
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,8 @@ def load_images(spec: Mapping[str, Any], split: Split) -> LabelledImages:
         if split == "train":
             raise BadInput(f"data source {source} has no training pictures: nothing to distil on")
         return images
+    if split == "train" and chosen.part is not None:
+        images = replace(images, records=_part(images.records, *chosen.part))
     if chosen.classes is not None:
         images = _with_classes(images, chosen.classes)
     return images if split != "train" else _selected(images, chosen)
@@ -320,14 +329,16 @@ def load_images(spec: Mapping[str, Any], split: Split) -> LabelledImages:
 
 
 def load_imagefolder(chosen: Files, split: Split) -> LabelledImages:
-    """Folders of class folders: ``path/train/cat/1.jpg`` (with ``val`` and ``test`` beside ``train``) or ``path/cat/1.jpg``."""
+    """Folders of class folders: ``path/train/cat/1.jpg`` (with ``val`` and ``test`` beside ``train``) or ``path/cat/1.jpg``.
+
+    The splits' folders may be capitalised.
+    """
     root = Path(chosen.path).expanduser()
-    train = root / "train" if (root / "train").is_dir() else root
+    train = Path(_split_folder(root, "train") or root)
     places = {**chosen.places, "train": str(train)}
     if train != root:
         for held_out in ("val", "test"):
-            beside = next((str(root / name) for name in _FOLDERS[held_out] if (root / name).is_dir()), None)
-            places[held_out] = places[held_out] or beside
+            places[held_out] = places[held_out] or _split_folder(root, held_out)
     classes = _class_folders(train)
     if not classes:
         raise BadInput(f"{train} holds no class folders: an image folder is one folder of pictures a class")
@@ -335,10 +346,10 @@ def load_imagefolder(chosen: Files, split: Split) -> LabelledImages:
     def read(place: str) -> Iterator[Sample]:
         folder = Path(place).expanduser()
         for number, (name, file) in enumerate(_class_pictures(folder, classes, train), start=1):
-            relative = file.relative_to(folder).as_posix()
-            yield Sample(number, relative, relative, file, name)
+            relative = encodable(file.relative_to(folder).as_posix())
+            yield Sample(number, relative, relative, file, encodable(name), named=True)
 
-    return _gather(chosen, split, places, read, classes)
+    return _gather(chosen, split, places, read, [encodable(name) for name in classes])
 
 
 def load_csv(chosen: Csv, split: Split) -> LabelledImages:
@@ -378,7 +389,7 @@ def load_parquet(chosen: Table, split: Split) -> LabelledImages:
         dataset, home = opened(place)
         locate = chosen.locator(home)
         columns = chosen.columns.found_in(dataset.column_names, place)
-        yield from _samples(read_arrow(dataset, columns, locate), columns, locate)
+        yield from _samples(read_arrow(dataset, columns, locate), columns, locate, _feature_names(dataset, chosen.columns, place))
 
     names = _feature_names(opened(chosen.path)[0], chosen.columns, chosen.path)
     return _gather(chosen, split, chosen.places, read, names, unlabelled=chosen.columns.label == "-")
@@ -406,7 +417,8 @@ def load_hf(chosen: Hub, split: Split) -> LabelledImages:
     def read(name: str) -> Iterator[Sample]:
         dataset = opened(name)
         columns = chosen.columns.found_in(dataset.column_names, chosen.path)
-        yield from _samples(read_arrow(dataset, columns, outside), columns, named)
+        names = _feature_names(dataset, chosen.columns, chosen.path)
+        yield from _samples(read_arrow(dataset, columns, outside), columns, named, names)
 
     places = {"train": chosen.split, "val": chosen.val_split, "test": chosen.test_split}
     names = _feature_names(opened(chosen.split), chosen.columns, chosen.path)
@@ -453,7 +465,7 @@ def load_hidden_digits(chosen: HiddenDigits, split: Split) -> LabelledImages:
         ink = np.asarray(record.image) / 255
         for copy in range(chosen.copies if split == "train" else 1):
             picture = hidden(ink, np.random.default_rng([PLACE_SEED, number, copy]), noise=chosen.noise, contrast=chosen.contrast)
-            records.append(ImageRecord(f"hidden-digits/{number}-{copy}", Image.fromarray(picture), record.label))
+            records.append(ImageRecord(f"hidden-digits/{number}-{copy}", Image.fromarray(picture), record.label, group=record.id))
     return LabelledImages(records, digits.classes)
 
 
@@ -519,20 +531,27 @@ def _gather(
     if place is None and not shares[split]:
         return LabelledImages([], ())
     names = [str(name) for name in chosen.class_names] if chosen.class_names is not None else names
-    from_train = split == "train" or place is None
-    pool = list(read(train)) if from_train or not (names or unlabelled) else []
-    if not (names or unlabelled):
+    from_train, given = split == "train" or place is None, bool(names)
+    pool = list(read(train)) if from_train or not (given or unlabelled) else []
+    if not (given or unlabelled):
         names = _names_of(sample.label for sample in pool if not sample.problem)
         if pool and not names:
             raise BadInput(f"{train}: no picture has a label; say so with '-' as the label's column or key if that is right")
     samples = [sample for sample in pool if chosen.side(sample.group) == split] if from_train else list(read(str(place)))
-    return _usable(samples, names, chosen.check, chosen.max_broken, place or train, split)
+    return _usable(samples, names, chosen.check, chosen.max_broken, place or train, split, indices=given)
 
 
 def _usable(
-    samples: Sequence[Sample], names: Sequence[str], check: Check, max_broken: float, where: str, split: Split
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    check: Check,
+    max_broken: float,
+    where: str,
+    split: Split,
+    *,
+    indices: bool = True,
 ) -> LabelledImages:
-    """The records of the samples whose pictures can be read; the others in ``skipped``."""
+    """The records of the samples whose pictures can be read; the others in ``skipped``. indices: that integers count the names."""
     skipped: list[dict[str, str | int]] = []
     found: list[tuple[int, ImageRecord]] = []
     positions = {name: index for index, name in enumerate(names)}
@@ -541,13 +560,13 @@ def _usable(
         try:
             if sample.problem or sample.image is None:
                 raise BrokenRow(sample.problem or "no picture")
-            label = _label(sample, positions, where)
+            label = _label(sample, positions, where, indices)
         except BrokenRow as error:
             skipped.append({"row": sample.number, "id": sample.id, "reason": str(error)})
             continue
         times_seen[sample.id] += 1
         name = sample.id if times_seen[sample.id] == 1 else f"{sample.id}#{times_seen[sample.id]}"  # ids name samples in caches
-        found.append((sample.number, ImageRecord(name, sample.image, label)))
+        found.append((sample.number, ImageRecord(name, sample.image, label, sample.group)))
 
     faults = faulty({record.image for _, record in found}, check)
     skipped += [
@@ -565,22 +584,20 @@ def _usable(
     return LabelledImages([record for _, record in found if record.image not in faults], tuple(names), skipped)
 
 
-def _label(sample: Sample, positions: Mapping[str, int], where: str) -> int:
-    """The class index that a label means: an integer is an index, text is a name or else an index; nothing, or a negative integer,
-    is no label. Raises `BadInput` for a class that the training data lacks, `BrokenRow` for what is no label at all."""
-    label = _plain(sample.label)
+def _label(sample: Sample, positions: Mapping[str, int], where: str, indices: bool) -> int:
+    """The class index that a label means: its name's or, with ``indices``, itself; nothing, or a negative integer that is no name, is
+    no label. Raises `BadInput` for a class that the training data lacks, `BrokenRow` for what is no label at all."""
+    label = sample.label if sample.named else _plain(sample.label)
     if label is None or not positions:
         return IGNORE
-    if isinstance(label, str) and label in positions:
-        return positions[label]
-    if isinstance(label, int) or _WHOLE_NUMBER.fullmatch(label):
-        if 0 <= int(label) < len(positions):
-            return int(label)
-        if str(label) in positions:  # integers too large to be indices
-            return positions[str(label)]
+    name = str(label)
+    if name in positions:
+        return positions[name]
+    if indices and _WHOLE_NUMBER.fullmatch(name) and 0 <= int(name) < len(positions):
+        return int(name)
     raise BadInput(
-        f"{where}, row {sample.number} ({sample.id}): class {str(label)!r} is not among the {len(positions)} of the training data: "
-        f"{nearest(str(label), positions)}"
+        f"{where}, row {sample.number} ({sample.id}): class {name!r} is not among the {len(positions)} of the training data: "
+        f"{nearest(name, positions)}"
     )
 
 
@@ -615,17 +632,26 @@ def _names_of(labels: Iterable[Any]) -> list[str]:
     return [str(number) for number in range(numbers[-1] + 1)] if numbers else []
 
 
-def _samples(rows: Iterable[Row], columns: Columns, locate: Callable[[str], Path]) -> Iterator[Sample]:
-    """Table rows as samples. columns: the label's is that of the answer."""
+def _samples(rows: Iterable[Row], columns: Columns, locate: Callable[[str], Path], names: Sequence[str] = ()) -> Iterator[Sample]:
+    """Table rows as samples. columns: the label's is that of the answer. names: what the table itself calls its integer labels."""
     for row in rows:
         image, problem = None, row.problem
         values = row.values or {}
+        label = values.get(columns.answer or "")
+        named = bool(names) and isinstance(label, int) and label >= 0
         if not problem:
             try:
                 image = _picture(values.get(columns.image or ""), locate)
+                label = _own_name(label, names) if named else label
             except BrokenRow as error:
                 problem = str(error)
-        yield Sample(row.number, row_id(row, columns), row_group(row, columns), image, values.get(columns.answer or ""), problem)
+        yield Sample(row.number, row_id(row, columns), row_group(row, columns), image, label, problem, named)
+
+
+def _own_name(label: Any, names: Sequence[str]) -> str:
+    if label >= len(names):
+        raise BrokenRow(f"label {label} is beyond the {len(names)} names of its column")
+    return names[label]
 
 
 def _picture(cell: Any, locate: Callable[[str], Path]) -> ImageSource:
@@ -650,6 +676,20 @@ def _feature_names(dataset: Any, columns: ImageColumns, where: str) -> tuple[str
     label = columns.found_in(dataset.column_names, where).answer
     feature = dataset.features[label] if label else None
     return tuple(getattr(feature, "names", None) or ())
+
+
+def _split_folder(root: Path, split: Split) -> str | None:
+    """The folder of a split, by the first of its names that is there. Raises `BadInput` where two of them differ in case only."""
+    folders = _class_folders(root)
+    for name in _FOLDERS[split]:
+        found = [folder for folder in folders if folder.lower() == name]
+        if len(found) > 1:
+            raise BadInput(
+                f"{root} holds the folders {' and '.join(found)}, expected one of them for the {split} split: move the other"
+            )
+        if found:
+            return str(root / found[0])
+    return None
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -711,7 +751,7 @@ def _tar_samples(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int, b
                 stem, _, ending = name.partition(".")
                 if not member.isfile() or not stem or not ending:
                     continue
-                this, ending = f"{folder}/{stem}" if folder else stem, ending.lower()
+                this, ending = encodable(f"{folder}/{stem}" if folder else stem), ending.lower()
                 if this != key and members:
                     yield key, members
                     members = {}
@@ -822,8 +862,6 @@ def _with_classes(images: LabelledImages, wanted: Sequence[Name] | Mapping[Name,
 def _selected(images: LabelledImages, chosen: Selection) -> LabelledImages:
     """The training pictures that are asked for, in their own order."""
     records = images.records
-    if chosen.part is not None:
-        records = _part(records, *chosen.part)
     if chosen.limit is not None:
         records = _limited(records, chosen.limit, chosen.seed)
     if chosen.imbalance is not None:
@@ -847,10 +885,19 @@ def _by_class(records: Sequence[ImageRecord], seed: int) -> dict[int, list[int]]
 
 
 def _part(records: Sequence[ImageRecord], low: float, high: float) -> list[ImageRecord]:
-    shares = [
-        members[round(low * len(members)) : round(high * len(members))] for members in _by_class(records, _POOL_SEED).values()
-    ]
-    return [records[position] for position in sorted(position for share in shares for position in share)]
+    """A share of each class's groups."""
+    members: dict[tuple[int, str], list[ImageRecord]] = {}
+    for record in records:
+        members.setdefault((record.label, record.group or record.id), []).append(record)
+    groups = list(members.values())
+    drawn = _by_class([group[0] for group in groups], _POOL_SEED).values()
+    kept = {
+        record.id
+        for order in drawn
+        for place in order[round(low * len(order)) : round(high * len(order))]
+        for record in groups[place]
+    }
+    return [record for record in records if record.id in kept]
 
 
 def _limited(records: Sequence[ImageRecord], limit: int, seed: int) -> list[ImageRecord]:
@@ -865,8 +912,13 @@ def _limited(records: Sequence[ImageRecord], limit: int, seed: int) -> list[Imag
 
 def _long_tailed(records: Sequence[ImageRecord], classes: Sequence[str], ratio: float, seed: int) -> list[ImageRecord]:
     members = _by_class(records, seed)
+    for index, name in enumerate(classes):
+        if index not in members:
+            raise BadInput(
+                f"data.imbalance: class {name!r} has no training pictures to begin with: name those that have some in data.classes"
+            )
     decay = [ratio ** (-index / max(1, len(classes) - 1)) for index in range(len(classes))]
-    largest = math.floor(min(len(members.get(index, ())) / share for index, share in enumerate(decay)) + 1e-9)
+    largest = math.floor(min(len(members[index]) / share for index, share in enumerate(decay)) + 1e-9)
     counts = [round(largest * share) for share in decay]
     if 0 in counts:
         raise BadInput(f"data.imbalance: {ratio:g} leaves class {classes[counts.index(0)]!r} without pictures: make it smaller")

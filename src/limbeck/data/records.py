@@ -40,7 +40,8 @@ class LoadedRecords:
 def open_image(source: ImageSource) -> Image.Image:
     """Open and decode a picture, turned upright by its EXIF orientation, as RGB.
 
-    Raises whatever the decoder raises (mostly ``OSError``) where the source is missing, truncated or no image.
+    Raises whatever the decoder raises (mostly ``OSError``) where the source is missing, truncated or no image, and ``ValueError`` where
+    its pixels are wider than 16 bits of grey or floats in 0..1.
     """
     if callable(source):
         return open_image(source())
@@ -51,9 +52,15 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """As RGB; 16 bits of grey are scaled to 8, where Pillow would cut off all above 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    """As RGB; 16 bits of grey and floats in 0..1 are scaled to 8 bits, where Pillow would cut off all above 255."""
+    if image.mode == "F" or image.mode.startswith("I"):  # "I" is how Pillow opens 16 bits of PGM, too
+        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= top):  # nan is neither
+            raise ValueError(
+                f"pixels from {values.min():g} to {values.max():g}, expected 0 to {top}: save it with 8 bits a pixel"
+            )
+        scaled = np.rint(values * 255) if image.mode == "F" else values // 257
+        image = Image.fromarray(scaled.astype(np.uint8))
     return image.convert("RGB")
 
 

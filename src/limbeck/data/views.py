@@ -29,6 +29,7 @@ Transform = Callable[[Tensor], Tensor]
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # modes of PIL
 _BLUR_SIGMA = (0.1, 2.0)  # pixels
 _LARGEST_SEED = 2**31 - 1
+CACHED_BYTES = 3 * 2**27  # of a dataset's decoded pictures together: fewer are kept in memory
 
 
 class Augment(Strict):
@@ -138,8 +139,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
     channels: 1 (grey) or 3; None as the first picture has them. train: the arguments from ``augment`` to ``answers`` count only then.
     balance: "class" makes every epoch draw labelled pictures with each class equally often (`draw`).
     unlabelled: pictures to stand beside the labelled ones: there are as many samples as these, and an epoch pairs each with a labelled
-    one, all of which are used equally often, or as ``balance`` says. cache: keep decoded pictures in memory as bytes. answers: of the
-    pictures as "aspects"; default those of ``images``. seed: of the pairing.
+    one, all of which are used equally often, or as ``balance`` says. cache: keep decoded pictures in memory as bytes; None: where all of
+    them, taken to be as large as the first is kept, have at most `CACHED_BYTES`. answers: of the pictures as "aspects"; default those
+    of ``images``. seed: of the pairing.
 
     A sample has ``id``, ``index`` (the labelled picture's position in ``labels``), ``pixel_values`` (float [C, H, W] in 0..1, not
     normalised: a model does that for itself), ``labels`` (int) and, where asked for, ``unlabelled`` [C, H, W], ``views`` (of [C, h, w]),
@@ -160,7 +162,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         views: Views | None = None,
         balance: Literal["none", "class"] = "none",
         unlabelled: Sequence[ImageRecord] | None = None,
-        cache: bool = False,
+        cache: bool | None = False,
         answers: Answers | None = None,
         seed: int = 0,
     ) -> None:
@@ -185,11 +187,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         crops_here = self.augment is not None and self.augment.crop is not None and self.augment.where == "worker"
         self._keeps_whole = size is not None and (crops_here or self.views is not None)  # until a crop is taken of it
-        self._cache: dict[tuple[bool, int], Tensor] | None = {} if cache else None
         first = images.records[0]
         self.channels = channels or _channels(first)
         self._original: tuple[int, ...] | None = None
         decoded = self._decoded(first)
+        if cache is None:
+            cache = decoded.numel() * (len(images.records) + len(self.unlabelled or ())) <= CACHED_BYTES
+        self._cache: dict[tuple[bool, int], Tensor] | None = {} if cache else None
         self._original = None if size else tuple(decoded.shape)
         self.shape = (self.channels, size or decoded.shape[1], size or decoded.shape[2])
         self._pipelines()  # a missing package is known at once

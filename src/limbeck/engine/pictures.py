@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,6 @@ from limbeck.data.loading import Split
 from limbeck.data.views import ImageCollate, ImageDataset, Presentation, presentation
 from limbeck.engine.recipe import DataSpec
 from limbeck.errors import BadInput
-
-CACHED_PIXELS = 2**27  # of a split's pictures together: fewer are kept in memory, decoded
-SMALL = 64  # pixels a side that pictures are taken to have which are not resized: those of embedded data have fewer
 
 
 @dataclass
@@ -35,30 +32,36 @@ class Pictures:
     def of(cls, specs: Mapping[str, DataSpec], *, beside: bool = False) -> Pictures:
         """Read the data of every stage.
 
-        specs: as `limbeck.engine.task.data_specs` gives them. beside: see `Method.unlabelled_beside`; ``data.unlabelled_among`` overrules
-        it.
+        specs: as `limbeck.engine.task.data_specs` gives them, "train" first: where others do not say their channels, they have its.
+        beside: see `Method.unlabelled_beside`; ``data.unlabelled_among`` overrules it. Raises `BadInput` for a stage of other classes.
         """
         data: dict[str, ImageDataset] = {}
         references: dict[str, ImageDataset] = {}
         skipped: list[dict[str, Any]] = []
         shown, _ = _parts(specs["train"])
         for stage, spec in specs.items():
-            presented, images = _read(spec, "train", skipped)
+            presented, images = _read(spec, "train", skipped, data.get("train"))
             if presented.augment != shown.augment:
                 raise BadInput(f"stage {stage!r}: data.augment differs from that of `data`: one run augments in one way")
+            if data and images.classes not in ((), data["train"].classes):
+                raise BadInput(
+                    f"stage {stage!r}: its data's classes ({_first(images.classes)}) are not those of `data` "
+                    f"({_first(data['train'].classes)}), and a label is a class's place: list the same ones in the same order in "
+                    "data.class_names or data.classes of both"
+                )
             unlabelled = images.unlabelled
             paired = beside and not presented.unlabelled_among and bool(unlabelled) and bool(images.labelled.records)
             data[stage] = _dataset(images.labelled if paired else images, presented, True, unlabelled if paired else None, spec)
             plain = presented.model_copy(update={"augment": None, "views": None, "balance": "none"})
             references[stage] = _dataset(images.labelled if paired else images, plain, True, None, spec)
-        classes = data["train"].classes
+        train = data["train"]
         held_out: dict[str, ImageDataset] = {}
         others: tuple[Split, ...] = ("val", "test")
         for split in others:
-            presented, images = _read(specs["train"], split, skipped)
+            presented, images = _read(specs["train"], split, skipped, train)
             if images.records:
                 held_out[split] = _dataset(images, presented, False, None, specs["train"])
-        return cls(data, held_out, references["train"], ImageCollate(shown.augment), classes, skipped)
+        return cls(data, held_out, references["train"], ImageCollate(shown.augment), train.classes, skipped)
 
 
 def check_alone(dataset: Any) -> None:
@@ -81,18 +84,24 @@ def _parts(spec: DataSpec) -> tuple[Presentation, dict[str, Any]]:
     return presentation(spec.model_dump(exclude={"max_length"}))
 
 
-def _read(spec: DataSpec, split: Split, skipped: list[dict[str, Any]]) -> tuple[Presentation, LabelledImages]:
+def _read(
+    spec: DataSpec, split: Split, skipped: list[dict[str, Any]], train: ImageDataset | None
+) -> tuple[Presentation, LabelledImages]:
+    """How a split's pictures are shown, and they. train: the training data, once they are read."""
     presented, source = _parts(spec)
     images = load_images(source, split)
     skipped.extend({"split": split, **row} for row in images.skipped)
-    return presented, images
+    channels = presented.channels or (train.channels if train is not None else None)
+    return presented.model_copy(update={"channels": channels}), images
+
+
+def _first(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
 
 
 def _dataset(images: LabelledImages, presented: Presentation, train: bool, unlabelled: Any, spec: DataSpec) -> ImageDataset:
     options = presented.model_dump(exclude={"augment", "views", "cache", "unlabelled_among"})
-    side = presented.size or SMALL
-    cached = presented.cache or (len(images.records) + len(unlabelled or ())) * side**2 <= CACHED_PIXELS
     return ImageDataset(
-        images, train=train, augment=presented.augment, views=presented.views, unlabelled=unlabelled, cache=cached,
+        images, train=train, augment=presented.augment, views=presented.views, unlabelled=unlabelled, cache=presented.cache or None,
         seed=(spec.model_extra or {}).get("seed", 0), **options,
     )  # fmt: skip

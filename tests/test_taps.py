@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import weakref
 
@@ -299,6 +300,63 @@ class TestHygiene:
             open_tap(net, {"zzz": "zzz"})
         assert hooks(net) == 0
 
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_taps_on_one_module_are_closed_in_any_order(self, order, hooked: bool, x: Tensor) -> None:
+        """Of those that are open each acts, and as if the others had never been."""
+        net, one, two = Net(), torch.full((3, 4), 1.0), torch.full((3, 4), 2.0)
+        if hooked:
+            net.stem.register_forward_hook(lambda _module, _args, output: output + 1)
+        before, plain = hooks(net), net.stem(x)
+        seen: list[Tensor] = []
+        makers = [
+            lambda: taps.bypass(net, {"stem": one}),
+            lambda: taps.record(net, {"stem": "stem"}),
+            lambda: taps.replace(net, {"stem": lambda own: seen.append(own) or own}),
+            lambda: taps.bypass(net, {"stem": two}),
+        ]
+        opened = {number: make() for number, make in enumerate(makers)}
+        for number in order:
+            opened.pop(number).close()
+            uppermost = two if 3 in opened else one if 0 in opened else None
+            expected = plain if uppermost is None else uppermost + hooked
+            torch.testing.assert_close(net.stem(x), expected)
+        assert hooks(net) == before
+
+    def test_inputs_replaced_one_after_another_are_restored_in_any_order(self, x: Tensor) -> None:
+        for order in itertools.permutations(range(3)):
+            net, factors = Net(), {0: 2, 1: 3, 2: 5}
+            opened = {
+                number: taps.replace(net, {"stem": lambda own, factor=factor, number=number: own * factor + number}, at="input")
+                for number, factor in factors.items()
+            }
+            for number in order:
+                opened.pop(number).close()
+                expected = x
+                for left in opened:
+                    expected = expected * factors[left] + left
+                assert torch.equal(net.stem(x), nn.functional.linear(expected, net.stem.weight, net.stem.bias))
+            assert hooks(net) == 0
+
+    def test_under_a_forward_that_somebody_put_there_since_taps_let_everything_through(self, x: Tensor) -> None:
+        net, places = Net(), taps.Places({"stem": "stem"})
+        plain = net.stem(x)
+        opened = [
+            taps.bypass(net, {"stem": x}),
+            places.open(net),
+            taps.replace(net, {"stem": 0 * x}),
+            taps.replace(net, {"stem": 0 * x}, at="input"),
+        ]
+        inner = net.stem.forward
+        net.stem.forward = lambda value: 2 * inner(value)
+        for tap in opened:
+            tap.close()
+        assert torch.equal(net.stem(x), 2 * plain)
+        with places.open(net) as seen:
+            net.stem(x)
+        assert torch.equal(seen["stem"], 2 * plain)
+        assert len(seen.calls("stem")) == 1
+
     def test_ddp_with_and_without_the_leading_module(self, x: Tensor, tmp_path) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         try:
@@ -323,6 +381,49 @@ class TestHygiene:
         with taps.record(compiled, {"stem": "stem"}) as seen:
             compiled(x)
         torch.testing.assert_close(seen["stem"], net.stem(x))
+
+
+@pytest.fixture
+def compiled(x: Tensor) -> nn.Module:
+    """A net that dynamo has seen untapped, and guards no hook of."""
+    torch._dynamo.reset()
+    net = torch.compile(Net(), backend="eager")
+    net(x)
+    return net
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("hooked", [False, True])
+    @pytest.mark.parametrize("at", ["input", "output"])
+    def test_replacements_act_and_end(self, compiled: nn.Module, x: Tensor, at: str, hooked: bool) -> None:
+        net = compiled._orig_mod
+        if hooked:
+            net.stem.register_forward_hook(lambda _module, _args, output: 2 * output)
+            torch._dynamo.reset()
+        plain = compiled(x)
+        for seed in (2, 3, 4):
+            value = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+            with taps.replace(net, {"stem": value}, at=at):
+                expected = net(x)
+                torch.testing.assert_close(compiled(x), expected)
+            assert not torch.equal(expected, plain)
+            torch.testing.assert_close(compiled(x), plain)
+
+    @pytest.mark.parametrize("hooked", [False, True])
+    @pytest.mark.parametrize("labels", [("in",), ("out", "again"), ("in", "out", "again")])
+    def test_inputs_and_outputs_are_recorded(self, compiled: nn.Module, x: Tensor, labels: tuple[str], hooked: bool) -> None:
+        net = compiled._orig_mod
+        if hooked:
+            net.stem.register_forward_hook(lambda _module, _args, output: 2 * output)
+            torch._dynamo.reset()
+            compiled(x)
+        for factor in (1, 2, 3):
+            with taps.record(compiled, {label: ("stem", "input" if label == "in" else "output") for label in labels}) as seen:
+                compiled(factor * x)
+            for label in labels:
+                [value] = seen.calls(label)
+                torch.testing.assert_close(value, factor * x if label == "in" else net.stem(factor * x))
+            compiled(x)
 
 
 def test_describe_lists_what_runs_and_moves_nothing(x: Tensor) -> None:

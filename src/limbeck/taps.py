@@ -11,8 +11,8 @@ What taps one model step after step keeps its `Places`, which find and check the
         model(x)
 
 A tap is open from the moment it is made until its ``with`` block ends, also by an exception, or until ``close()``; after that
-the module is as it was. It works through nested modules, autocast, ``DistributedDataParallel`` and ``torch.compile`` wrappers:
-names are those of the wrapped module, with or without a leading ``module.``.
+the module is as it was, in whatever order the taps on it are closed. It works through nested modules, autocast,
+``DistributedDataParallel`` and ``torch.compile`` wrappers: names are those of the wrapped module, with or without a leading ``module.``.
 
 Gradient checkpointing runs a region a second time during backward. A recording does not see that second run. A replacement
 inside such a region must see it, or the gradient is that of the unreplaced module: keep the tap open until backward is done, and
@@ -69,8 +69,8 @@ class Recording(Mapping[str, Any]):
         return len(self._calls)
 
     def close(self) -> None:
-        """Leave the modules as they were; what was recorded stays. Taps on one module are closed in reverse order."""
-        for tap in reversed(self._taps):
+        """Leave the modules as they were; what was recorded stays."""
+        for tap in reversed(self._taps):  # the last one is found at once
             tap.close()
         self._taps = ()
 
@@ -111,7 +111,7 @@ class Places:
         for tap in self._taps:
             kept: list[Any] = []
             calls[tap.label] = kept
-            tap.open(kept)
+            tap.start(kept)
         return Recording(calls, self._taps)
 
     def _stand_on(self, model: nn.Module) -> bool:
@@ -119,7 +119,7 @@ class Places:
         if self._model is not model:
             return False
         for tap in self._taps:
-            if tap.calls is not None:
+            if tap.calls is not None or tap.buried:
                 return False
             for parent, name, child in tap.path:
                 if parent._modules.get(name) is not child:
@@ -163,7 +163,7 @@ def replace(model: nn.Module, values: Mapping[str, Any], *, at: Where = "output"
     modules = {name: _find(model, name) for name in values}
     taps = ExitStack()
     for name, value in values.items():
-        taps.callback(_write(modules[name], at, value if callable(value) else _always(value)).remove)
+        taps.callback(_Change(modules[name], at, value if callable(value) else _always(value)).close)
     return taps
 
 
@@ -176,7 +176,7 @@ def bypass(model: nn.Module, values: Mapping[str, Any]) -> ExitStack:
     modules = {name: _find(model, name) for name in values}
     taps = ExitStack()
     for name, value in values.items():
-        taps.callback(_stand_in(modules[name], value if callable(value) else _always(value)))
+        taps.callback(_StandIn(modules[name], value if callable(value) else _always(value)).close)
     return taps
 
 
@@ -248,81 +248,155 @@ def _steps(model: nn.Module, name: str) -> list[Step] | None:
     return steps
 
 
-class _Tap:
+class _Shim:
+    """Stands in for one module's forward, from `open` to `close`, and calls what it stands in for: ``below``.
+
+    Forwards rather than hooks: dynamo guards a forward and no hook, and a call of a module with hooks costs about 15 us more. Shims stand
+    in a row; of those at an input the earlier made is the upper one and acts first, of those at an output the lower one does.
+    where: None lets through what comes from below as little as what goes there.
+    """
+
+    __slots__ = ("bare", "below", "buried", "handle", "module", "where")
+
+    def __init__(self, module: nn.Module, where: Where | None) -> None:
+        self.module, self.where = module, where
+        self.buried = False  # under a forward that somebody else put there since: it stays, and lets everything through
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def open(self, run: Callable[..., Any], hook: Callable[..., Any]) -> None:
+        """run: a method of its own. hook: in its place where the module has hooks, since what they make of an output is the output."""
+        module, above = self.module, None
+        if self.where == "output" and module._forward_hooks:
+            self.handle, run = module.register_forward_hook(hook), self.pass_by
+        elif self.where == "input":
+            for shim in _shims(module):
+                if shim.where is None:
+                    break
+                if shim.where == "input":
+                    above = shim
+        if above is None:
+            self.bare, self.below = "forward" not in module.__dict__, module.forward
+            module.__dict__["forward"] = run
+        else:
+            self.bare, self.below = above.bare, above.below
+            above.bare, above.below = False, run
+
+    def close(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        attributes = self.module.__dict__
+        if getattr(attributes.get("forward"), "__self__", None) is self:
+            if self.bare:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = self.below
+            return
+        for above in _shims(self.module):
+            if getattr(above.below, "__self__", None) is self:
+                above.bare, above.below = self.bare, self.below
+                return
+        self.buried = True
+
+    def pass_by(self, *args: Any, **kwargs: Any) -> Any:
+        _in_backward()  # what dynamo cannot trace: it calls the module as it is, with its hooks of that moment
+        return self.below(*args, **kwargs)
+
+
+def _shims(module: nn.Module) -> Iterator[_Shim]:
+    """From the uppermost down, as far as they are known."""
+    run = module.__dict__.get("forward")
+    while isinstance(shim := getattr(run, "__self__", None), _Shim):
+        yield shim
+        run = shim.below
+
+
+class _Tap(_Shim):
     """Keeps in ``calls`` what one module takes or returns, while it is open; ``path`` is where it was found.
 
     An object rather than closures: those are new code to the interpreter each time they are made.
     """
 
-    __slots__ = ("calls", "forward", "handle", "label", "module", "path", "where")
+    __slots__ = ("calls", "label", "path")
 
     def __init__(self, label: str, model: nn.Module, name: str, where: Where) -> None:
-        self.label, self.path, self.where = label, _path(model, name), where
-        self.module = self.path[-1].child if self.path else model
+        self.label, self.path = label, _path(model, name)
+        super().__init__(self.path[-1].child if self.path else model, where)
         self.calls: list[Any] | None = None
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
 
-    def open(self, calls: list[Any]) -> None:
-        self.calls, module = calls, self.module
-        if self.where == "input":
-            self.handle = module.register_forward_pre_hook(self.keep_input, with_kwargs=True)
-        elif module._forward_hooks or "forward" in module.__dict__:  # what they make of the output is to be seen
-            self.handle = module.register_forward_hook(self.keep_output)
-        else:  # a call of a module with hooks costs about 15 us more than one without
-            self.forward = module.forward
-            module.__dict__["forward"] = self.recorded
+    def start(self, calls: list[Any]) -> None:
+        self.calls = calls
+        self.open(self.taken if self.where == "input" else self.returned, self.keep)
 
     def close(self) -> None:
-        if self.handle is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.handle.remove()
-        self.calls = self.handle = None
+        self.calls = None
+        super().close()
 
-    def recorded(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.forward(*args, **kwargs)
+    def returned(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.below(*args, **kwargs)
         if self.calls is not None and not _in_backward():
             self.calls.append(output if isinstance(output, Tensor) else copy.copy(output))
         return output
 
-    def keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def taken(self, *args: Any, **kwargs: Any) -> Any:
+        if self.calls is not None and not _in_backward():
+            self.calls.append(_snapshot(args[0] if args else kwargs[_tensor_keyword(self.module, kwargs)]))
+        return self.below(*args, **kwargs)
+
+    def keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if self.calls is not None and not _in_backward():
             self.calls.append(_snapshot(output))
 
-    def keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.calls is not None and not _in_backward():
-            self.calls.append(_snapshot(args[0] if args else kwargs[_tensor_keyword(module, kwargs)]))
+
+class _Change(_Shim):
+    """Changes what one module takes or returns, unless it is made None."""
+
+    __slots__ = ("change",)
+
+    def __init__(self, module: nn.Module, where: Where, change: Callable[[Any], Any]) -> None:
+        super().__init__(module, where)
+        self.change: Callable[[Any], Any] | None = change
+        self.open(self.taken if where == "input" else self.returned, self.change_output)
+
+    def close(self) -> None:
+        self.change = None
+        super().close()
+
+    def returned(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.below(*args, **kwargs)
+        value = None if self.change is None else self.change(output)
+        return output if value is None else value
+
+    def taken(self, *args: Any, **kwargs: Any) -> Any:
+        if self.change is not None:
+            keyword = "" if args else _tensor_keyword(self.module, kwargs)
+            value = self.change(args[0] if args else kwargs[keyword])
+            if value is not None and args:
+                args = (value, *args[1:])
+            elif value is not None:
+                kwargs[keyword] = value
+        return self.below(*args, **kwargs)
+
+    def change_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        return None if self.change is None else self.change(output)
 
 
-def _write(module: nn.Module, at: Where, change: Callable[[Any], Any]) -> torch.utils.hooks.RemovableHandle:
-    def change_output(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return change(output)
+class _StandIn(_Shim):
+    """Runs ``forward`` in the place of a module's own, unless it is made None. No hook can skip a forward."""
 
-    def change_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        keyword = None if args else _tensor_keyword(module, kwargs)
-        value = change(args[0] if keyword is None else kwargs[keyword])
-        if value is None:
-            return None
-        return ((value, *args[1:]), kwargs) if keyword is None else (args, {**kwargs, keyword: value})
+    __slots__ = ("forward",)
 
-    if at == "input":
-        return module.register_forward_pre_hook(change_input, with_kwargs=True)
-    return module.register_forward_hook(change_output)
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__(module, None)
+        self.forward: Callable[..., Any] | None = forward
+        self.open(self.run, self.run)
 
+    def close(self) -> None:
+        self.forward = None
+        super().close()
 
-def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``forward`` stand in for the module's own; returns what undoes it. No hook can skip a forward, an attribute can."""
-    attributes = vars(module)
-    before = attributes.get("forward")
-    attributes["forward"] = forward
-
-    def undo() -> None:
-        if before is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = before
-
-    return undo
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.forward or self.below)(*args, **kwargs)
 
 
 def _always(value: Any) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 """Terms over logits that never exist whole, against the plain losses on whole logits in float64: values and every gradient."""
 
+import weakref
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -333,6 +335,103 @@ def test_under_autocast_products_are_in_its_dtype_and_gradients_in_the_weights()
     assert student.head.weight.grad.dtype == torch.float32
     expected = torch.autograd.grad(exact, student.head.weight)[0]
     assert (student.head.weight.grad - expected).norm() < 0.05 * expected.norm()
+
+
+def near(dtype, count=1024):
+    """A student and a teacher not far from it, over 4,000 ids: the averaged gradients are below what float16 holds. Half the labels are
+    ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(count, 16, generator=generator), 0.3 * torch.randn(4000, 16, generator=generator)
+    other = hidden + 0.1 * torch.randn(count, 16, generator=generator)
+    labels = torch.randint(0, 4000, (count,), generator=generator)
+    labels[::2] = -100
+    student = LinearLogits(hidden.to(dtype).requires_grad_(), Head(weight.to(dtype).requires_grad_()))
+    return student, LinearLogits(other.to(dtype), Head(weight.to(dtype))), labels
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("name", "few"), [("ce", 8), ("forward", 8), ("jeffreys", 8), ("dbild", 8), ("dbild", 1000)])
+def test_the_gradient_of_a_mean_does_not_vanish_in_float16(name, few, autocast, monkeypatch):
+    """Against that of a sum, divided; a scaler's factor is there in backward alone."""
+    monkeypatch.setattr(linear, "DENSE_BELOW", few)
+    student, teacher, labels = near(torch.float32 if autocast else torch.float16)
+    term, found = _on(name, student, teacher, labels), {}
+    for reduction, scale in (("mean", 2.0**16), ("sum", 1.0)):
+        with torch.autocast("cpu", torch.float16) if autocast else nullcontext():
+            value = linear.losses({"term": term}, weights={"term": 0.5}, reduction=reduction)["term"]
+        found[reduction] = [gradient.double() / scale for gradient in torch.autograd.grad(value * scale, learning(student))]
+    for mean, total in zip(found["mean"], found["sum"], strict=True):
+        expected = total / (512 if name == "ce" else 1024)
+        assert (mean - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e4])
+def test_gradients_in_float16_are_finite_whatever_terms_are_weighed_by_and_scaled(weight):
+    """Also where the terms are weighed again outside, and a scaler's factor enters the second pass."""
+    student, teacher, labels = near(torch.float32, 512)
+    labels[1:] = -100
+    terms = {"ce": linear.CrossEntropy(student, labels), "kd": linear.Divergence(student, teacher, temperature=4.0)}
+    found = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            values = linear.losses(terms, weights=dict.fromkeys(terms, weight))
+        for total in (sum(values.values()), values["ce"] + 0.5 * values["kd"]):
+            found.append(torch.autograd.grad(total * 2.0**16, learning(student), retain_graph=True))
+    for exact, rounded in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(exact, rounded, strict=True):
+            assert (one - other).norm() < 0.02 * one.norm()
+
+
+def test_under_autocast_logits_that_enter_no_product_are_read_as_they_are():
+    student, teacher, labels = draw(32, dtype=torch.float32)
+    for name in ("ce", "forward", "dbild"):
+        logits, others = whole(student).detach().requires_grad_(), whole(teacher).detach()
+        exact = linear.losses({"term": _on(name, logits, others, labels)})["term"]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = linear.losses({"term": _on(name, logits, others, labels)})["term"]
+        assert torch.equal(value, exact)
+        assert torch.equal(torch.autograd.grad(value, logits)[0], torch.autograd.grad(exact, logits)[0])
+
+
+@pytest.mark.parametrize("name", ["forward", "dbild"])
+def test_a_teacher_that_would_learn_gets_no_gradient(name):
+    student, teacher, labels = draw(8, vocabulary=(12, 15))
+    weight = teacher.head.weight.clone().requires_grad_()
+    hidden = teacher.hidden.clone().requires_grad_() * 1
+    arrived = []
+    hidden.register_hook(arrived.append)
+    term = _on(name, student, LinearLogits(hidden, Head(weight)), labels)
+    linear.losses({"term": term})["term"].backward()
+    assert student.head.weight.grad is not None
+    assert weight.grad is None
+    assert arrived == []
+    frozen = LinearLogits(student.hidden.detach(), Head(student.head.weight.detach()))
+    assert not linear.losses({"term": _on(name, frozen, LinearLogits(hidden, Head(weight)), labels)})["term"].requires_grad
+
+
+@pytest.mark.parametrize("of_head", [True, False])
+def test_a_loss_that_is_kept_keeps_nothing_alive_after_backward(of_head):
+    student, teacher, labels = draw(8)
+    given = student.hidden * 1 if of_head else whole(student)
+    side = LinearLogits(given, student.head) if of_head else given
+    values = linear.losses({"ce": linear.CrossEntropy(side, labels), "kd": linear.Divergence(side, teacher)})
+    seen = [weakref.ref(tensor) for tensor in (given, teacher.hidden, labels)]
+    values["ce"].backward(retain_graph=True)
+    sum(values.values()).backward()
+    del student, teacher, labels, given, side
+    assert [tensor() for tensor in seen] == [None] * 3
+    assert values["ce"].requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "top-k"])
+def test_a_single_position_needs_no_dimension_of_its_own(name):
+    student, teacher, _ = draw(1)
+    label = torch.tensor(3)
+    flat = [LinearLogits(side.hidden[0], side.head) for side in (student, teacher)]
+    plain = _plain(name, whole(student)[0], whole(teacher)[0], label)
+    agree(linear.losses({"term": _on(name, *flat, label)})["term"], plain, learning(student))
+    mask = torch.tensor(False)
+    assert linear.losses({"term": _on(name, *flat, label)}, mask=mask)["term"] == 0
 
 
 def test_what_does_not_fit_is_named():

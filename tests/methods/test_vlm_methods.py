@@ -18,7 +18,8 @@ from limbeck.losses import bild, dbild, kl_divergence
 from limbeck.losses.linear import LinearLogits
 from limbeck.methods.vlm.switch_kd import SwitchKD
 from limbeck.models.vlm import VLM
-from tests.models.families import FAMILIES, build
+from limbeck.teachers.frozen import FrozenTeacher
+from tests.models.families import FAMILIES, IMAGE, build
 
 
 def pair(family: str) -> tuple[VLM, VLM, dict]:
@@ -192,6 +193,52 @@ def test_the_switch_without_a_graph_is_refused():
         method(batch)
     method.weights["switch"] = 0.0
     assert "switch" not in method(batch)
+
+
+def without_images(batch: dict) -> dict:
+    inputs = {key: batch["student"][key] for key in ("input_ids", "attention_mask", "labels")}
+    return {
+        "ids": batch["ids"],
+        "student": {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 5)},
+    }
+
+
+def test_a_batch_without_an_image_has_every_term_and_a_switch_of_zero():
+    """A process whose terms were fewer would leave the others waiting for its part of one."""
+    student, teacher, batch = pair("llava")
+    method = SwitchKD(student, teacher)
+    seen, unseen = method(batch), method(without_images(batch))
+    assert list(seen) == list(unseen)
+    assert unseen["switch"] == 0
+    assert unseen["align"] > 0
+    method.weights["switch"] = 0.0
+    assert "switch" not in method(without_images(batch))
+
+
+@pytest.mark.parametrize("name", ["sft", "kd", "bild", "switch-kd"])
+@pytest.mark.parametrize("part", ["vision", "projector"])
+def test_a_batch_without_an_image_trains_a_part_that_it_does_not_reach_by_zero(name, part):
+    student, teacher, batch = pair("llava")
+    method = create(name, student, None if name == "sft" else teacher)
+    for parameter_name, parameter in student.model.named_parameters():
+        parameter.requires_grad_(student.part_of(parameter_name) == part)
+    losses = method(without_images(batch))
+    with torch.no_grad():
+        assert torch.equal(losses.total, method(without_images(batch)).total)
+    losses.total.backward()
+    for parameter_name, parameter in student.model.named_parameters():
+        if student.part_of(parameter_name) == part:
+            assert (parameter.grad == 0).all()
+        else:
+            assert parameter.grad is None
+
+
+def test_a_frozen_teacher_is_taken_as_it_is():
+    student, teacher, batch = pair("llava")
+    frozen = FrozenTeacher(teacher.model)
+    method = create("kd", student, frozen)
+    assert method.teacher is frozen
+    torch.testing.assert_close(method(batch).total, create("kd", student, teacher)(batch).total)
 
 
 def test_teacher_is_outside_the_method():

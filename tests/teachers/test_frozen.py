@@ -1,4 +1,4 @@
-"""A teacher's own stream: what is queued where, and who waits for whom, on a stand-in for CUDA's streams."""
+"""A teacher's own stream: what is queued where, and who waits for whom, on a stand-in for CUDA's streams. Its weights' dtype."""
 
 import contextlib
 
@@ -60,3 +60,27 @@ def test_off_a_gpu_and_by_default_nothing_is_moved(monkeypatch, overlap):
         monkeypatch.setattr(FrozenTeacher, "device", torch.device("cpu"))
     pass_through(teacher, streams)
     assert streams.events == ["teacher on main", "student on main", "loss"]
+
+
+class Words(nn.Module):
+    """With rotary positions, as transformers keep them, and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary, self.norm, self.body = nn.Module(), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.rotary.register_buffer("inv_freq", 1e6 ** -torch.linspace(0, 1, 32), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_cast_and_the_frequencies_of_positions_are_not(dtype):
+    words = Words()
+    exact = words.rotary.inv_freq.clone()
+    teacher = FrozenTeacher(words, dtype=dtype)
+    assert teacher.dtype == dtype
+    assert torch.equal(words.rotary.inv_freq, exact)
+    assert list(words.rotary.state_dict()) == []  # still not persistent
+    assert teacher(torch.randn(2, 4, dtype=dtype)).dtype == dtype
+    assert words.rotary.to("meta").inv_freq.device.type == "meta"  # still a buffer

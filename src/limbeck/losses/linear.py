@@ -20,6 +20,7 @@ where the terms arrive there with different gradients (one of them alone, or wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -44,6 +45,8 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 """Elementwise work goes through a chunk in blocks of this size: on a CPU they stay in the cache of a core."""
 BLOCKS = 6  # that a term holds at once
+FLOAT16_LIFT = 2**12  # the most that gradients of an average are multiplied by before products in float16
+FLOAT16_ROWS = 2**10  # positions that may add up in one with gradients of 1: that leaves a factor of 64 to the hidden states
 DENSE_BELOW = 8  # so many times K ids: matrix products with all of them are quicker than picking K a position
 
 
@@ -351,18 +354,25 @@ class _Side:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        self.made_of = [index for index in (self.hidden, self.weight, self.bias) if index is not None]
+
 
 @dataclass
 class _Job:
-    """The terms with their sides resolved. given: every tensor that is read, once, [M, ...] where it is of positions.
+    """The terms with their sides resolved. given: every tensor that is read, once, [M, ...] where it is of positions; those that no
+    student is made of are detached.
 
-    dtype: of the sums; half: of the matrix products, autocast's where it is on."""
+    peak: about the largest gradient that a position can have with respect to a logit, before any average. dtype: of the sums; half: of the
+    matrix products, autocast's where it is on."""
 
     terms: list[Term]
     sides: list[_Side]
     sides_of: list[list[int]]
     rows: list[tuple[Tensor, ...]]
     factors: list[float | Tensor]
+    averaged: bool
+    peak: float
     given: list[Tensor]
     dtype: torch.dtype
     half: torch.dtype | None
@@ -395,6 +405,8 @@ class _Job:
                 bias = None if head.bias is None else place(head.bias)
                 sides[id(logits)] = _Side(place(logits.hidden, True), place(head.weight), bias, head.scale, head.softcap)
         order, device = list(sides), given[0].device.type
+        learning = {index for term in terms.values() for index in sides[id(term.student)].made_of}
+        given = [t.detach() if t.requires_grad and index not in learning else t for index, t in enumerate(given)]
         weighted = [weights.get(name, 1.0) for name in terms]
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given), torch.float32)
         counts = [term.count(mask) if reduction == "mean" else 1 for term in terms.values()]
@@ -405,11 +417,18 @@ class _Job:
             sides_of=[[order.index(id(logits)) for logits in term.sides] for term in terms.values()],
             rows=[term.rows(mask) for term in terms.values()],
             factors=[weight / count for weight, count in zip(weighted, counts, strict=True)],
+            averaged=reduction == "mean",
+            peak=sum(abs(weight) for weight in weighted),
             given=given,
             dtype=dtype,
             half=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             chunk_bytes=chunk_bytes,
         )
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether any matrix product may be in float16."""
+        return torch.float16 in (self.half, *(tensor.dtype for tensor in self.given))
 
 
 class _Chunked(torch.autograd.Function):
@@ -427,13 +446,17 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        given, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        given, job, gradients, ctx.gradients = ctx.saved_tensors, ctx.job, ctx.gradients, None
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            del ctx.job  # its terms hold hidden states and labels, and the loss may be kept for long
         needed = ctx.needs_input_grad[2:]
         common = _common(upstream)
         if gradients is None or common is None:
-            factors = [None if grad is None else grad * own for grad, own in zip(upstream, ctx.job.factors, strict=True)]
-            _, gradients = _run(ctx.job, given, factors, needed)
-        elif common.device.type != "cpu" or common != 1:
+            common = _largest(upstream) if job.in_float16 else None  # a scaler's factor would not fit into the products
+            upstream = upstream if common is None else tuple(None if grad is None else grad / common for grad in upstream)
+            factors = [None if grad is None else grad * own for grad, own in zip(upstream, job.factors, strict=True)]
+            _, gradients = _run(job, given, factors, needed)
+        if common is not None and (common.device.type != "cpu" or common != 1):
             gradients = [None if gradient is None else gradient.mul_(common) for gradient in gradients]
         return (None, None, *(None if g is None else g.to(t.dtype) for g, t in zip(gradients, given, strict=True)))
 
@@ -448,6 +471,11 @@ def _common(upstream: tuple[Tensor | None, ...]) -> Tensor | None:
     if first.device.type == "cpu" and all(bool(other == first) for other in others):
         return first
     return None
+
+
+def _largest(upstream: tuple[Tensor | None, ...]) -> Tensor:
+    """Of the gradients that terms were given, by size and without sign; never 0."""
+    return torch.stack([grad.abs() for grad in upstream if grad is not None]).amax().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _run(
@@ -470,10 +498,10 @@ class _Pass:
     def __init__(
         self, job: _Job, given: Sequence[Tensor], factors: Sequence[float | Tensor | None], needed: Sequence[bool]
     ) -> None:
-        self.job, self.needed, self.factors = job, needed, factors
+        self.job, self.needed = job, needed
         first = given[job.sides[0].hidden]
         self.length, self.device = len(first), first.device
-        self.given = [self._cast(tensor) for tensor in given]
+        self.given = given if job.half is None else self._cast(given, job.half)
         self.dtype = job.dtype
         self.gradients: dict[int, Tensor] = {}
         # Of each sparse term and chunk: ids and each side's logits [n, K].
@@ -486,11 +514,23 @@ class _Pass:
         self.block_bytes = BLOCK_BYTES[kind]
         self.block = max(1, self.block_bytes // row)
         self.buffers = [torch.empty(self.chunk, self._width(side), dtype=self.dtype, device=self.device) for side in job.sides]
-        self.learning = [any(i is not None and needed[i] for i in (s.hidden, s.weight, s.bias)) for s in job.sides]
+        self.learning = [any(needed[index] for index in side.made_of) for side in job.sides]
+        self.lifts = [self._lift(side) for side in job.sides]
+        lifts = (self.lifts[read[0]] for read in job.sides_of)
+        self.factors = [f if f is None or lift == 1 else f * lift for f, lift in zip(factors, lifts, strict=True)]
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        """To autocast's dtype, as autocast would."""
-        return tensor if self.job.half is None or tensor.dtype == torch.float64 else tensor.to(self.job.half)
+    def _cast(self, given: Sequence[Tensor], half: torch.dtype) -> list[Tensor]:
+        """What enters a matrix product to autocast's dtype, as autocast would."""
+        multiplied = {index for side in self.job.sides if side.weight is not None for index in side.made_of}
+        return [t.to(half) if index in multiplied and t.dtype != torch.float64 else t for index, t in enumerate(given)]
+
+    def _lift(self, side: _Side) -> float:
+        """What the gradient of a side's logits is multiplied by before its matrix products, and these are divided by: an average over
+        thousands of positions would vanish in float16. A power of two; 1 where no product is in float16."""
+        if side.weight is None or self.given[side.weight].dtype != torch.float16:
+            return 1.0
+        positions = min(max(1, self.length), FLOAT16_LIFT) if self.job.averaged else 1
+        return 2.0 ** math.floor(math.log2(positions * min(1.0, FLOAT16_ROWS / self.chunk) / (self.job.peak or 1.0)))
 
     def _width(self, side: _Side) -> int:
         return self.given[side.hidden].shape[-1] if side.weight is None else len(self.given[side.weight])
@@ -505,7 +545,7 @@ class _Pass:
                 ids = term.candidates(read)
                 self.compared.setdefault(index, []).append((ids, *(z.gather(-1, ids) for z in read)))
         for side in self._write_dense(logits, rows):
-            self._backward_dense(job.sides[side], logits[side], rows)
+            self._backward_dense(side, logits[side], rows)
 
     def add_sparse(self) -> None:
         """Add the sparse terms, of many positions at once: they look at a few logits of each. No chunk of logits is needed any more."""
@@ -523,7 +563,7 @@ class _Pass:
                 self.values[index] += values.sum()
                 if gradient is not None:
                     gradient = _through_softcap(side, logits[0][rows].detach(), gradient * factor)
-                    self._backward_sparse(side, ids[rows], gradient, rows)
+                    self._backward_sparse(number, ids[rows], gradient, rows)
 
     def _logits(self, side: _Side, buffer: Tensor, rows: slice) -> Tensor:
         """[n, V], in the buffer."""
@@ -569,23 +609,24 @@ class _Pass:
                 place.copy_(_through_softcap(job.sides[number], place, gradient))
         return written
 
-    def _backward_dense(self, side: _Side, gradient: Tensor, rows: slice) -> None:
-        """From the gradient [n, V] of a chunk of logits to what they are made of."""
+    def _backward_dense(self, number: int, gradient: Tensor, rows: slice) -> None:
+        """From the gradient [n, V] of a chunk of a side's logits to what they are made of."""
+        side = self.job.sides[number]
         if side.weight is None:
             self.gradient(side.hidden)[rows] += gradient
             return
-        hidden, weight = self.given[side.hidden][rows], self.given[side.weight]
+        hidden, weight, alpha = self.given[side.hidden][rows], self.given[side.weight], side.scale / self.lifts[number]
         if side.bias is not None and self.needed[side.bias]:
-            self.gradient(side.bias).add_(gradient.sum(0), alpha=side.scale)
+            self.gradient(side.bias).add_(gradient.sum(0), alpha=alpha)
         gradient = gradient.to(weight.dtype)
         if self.needed[side.hidden]:
-            self.gradient(side.hidden)[rows].add_(torch.mm(gradient, weight), alpha=side.scale)
+            self.gradient(side.hidden)[rows].add_(torch.mm(gradient, weight), alpha=alpha)
         if not self.needed[side.weight]:
             return
         first = side.weight not in self.gradients
         total = self.gradient(side.weight, empty=True)
         if total.dtype == weight.dtype:
-            total.addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=side.scale)
+            total.addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=alpha)
             return
         if first:
             total.zero_()
@@ -593,29 +634,30 @@ class _Pass:
         for start in range(0, len(total), step):
             # Within a chunk the matrix product itself sums in float32, and rounds; over the chunks the sum is in float32.
             ids = slice(start, start + step)
-            total[ids].add_(torch.mm(gradient[:, ids].t(), hidden), alpha=side.scale)
+            total[ids].add_(torch.mm(gradient[:, ids].t(), hidden), alpha=alpha)
 
-    def _backward_sparse(self, side: _Side, ids: Tensor, gradient: Tensor, rows: slice) -> None:
+    def _backward_sparse(self, number: int, ids: Tensor, gradient: Tensor, rows: slice) -> None:
         """As `_backward_dense`, from the gradient [r, K] at ids [r, K] of some positions."""
+        side = self.job.sides[number]
         if side.weight is None:
             self.gradient(side.hidden)[rows].scatter_add_(-1, ids, gradient)
             return
-        hidden, weight = self.given[side.hidden][rows], self.given[side.weight]
+        hidden, weight, alpha = self.given[side.hidden][rows], self.given[side.weight], side.scale / self.lifts[number]
         if len(weight) <= DENSE_BELOW * ids.shape[1]:
-            self._backward_dense(side, gradient.new_zeros(len(ids), len(weight)).scatter_add_(-1, ids, gradient), rows)
+            self._backward_dense(number, gradient.new_zeros(len(ids), len(weight)).scatter_add_(-1, ids, gradient), rows)
             return
         if side.bias is not None and self.needed[side.bias]:
-            self.gradient(side.bias).index_add_(0, ids.flatten(), gradient.flatten(), alpha=side.scale)
+            self.gradient(side.bias).index_add_(0, ids.flatten(), gradient.flatten(), alpha=alpha)
         if self.needed[side.hidden]:
             picked = torch.nn.functional.embedding_bag(ids, weight, per_sample_weights=gradient.to(weight.dtype), mode="sum")
-            self.gradient(side.hidden)[rows].add_(picked, alpha=side.scale)
+            self.gradient(side.hidden)[rows].add_(picked, alpha=alpha)
         if self.needed[side.weight]:
             total = self.gradient(side.weight)
             step = max(1, 4 * self.block_bytes // (ids.shape[1] * hidden.shape[1] * self.dtype.itemsize))
             for start in range(0, len(ids), step):
                 block = slice(start, start + step)
                 outer = gradient[block].unsqueeze(-1) * hidden[block].unsqueeze(1)  # [r, K, D]
-                total.index_add_(0, ids[block].flatten(), outer.flatten(0, 1), alpha=side.scale)
+                total.index_add_(0, ids[block].flatten(), outer.flatten(0, 1), alpha=alpha)
 
     def gradient(self, index: int, *, empty: bool = False) -> Tensor:
         """The sum so far for a given tensor; ``empty``: it is overwritten next where it is new."""
@@ -670,10 +712,11 @@ def _shared(logits: list[Tensor], vocabulary: int | None) -> list[Tensor]:
 
 
 def _flat(tensor: Tensor, mask: Tensor | None, trailing: int) -> Tensor:
-    """The positions that count, [M, ...]; the last ``trailing`` dimensions are no positions."""
+    """The positions that count, [M, ...]; the last ``trailing`` dimensions are no positions, and without others there is one."""
     if mask is not None:
         return tensor[mask]
-    return tensor.flatten(0, tensor.dim() - 1 - trailing) if tensor.dim() - trailing != 1 else tensor
+    positions = tensor.dim() - trailing
+    return tensor if positions == 1 else tensor.flatten(0, positions - 1) if positions else tensor.unsqueeze(0)
 
 
 def _check_pair(student: Logits, teacher: Logits, vocabulary: int | None) -> int:

@@ -21,6 +21,7 @@ from limbeck.models.classifier import Classifier
 from limbeck.models.libraries import as_dtype, ensure_torchvision, one_line, quiet_bars, require
 from limbeck.models.tiny import classifiers
 from limbeck.models.vlm import VLM
+from limbeck.teachers.frozen import cast_weights
 
 __all__ = [
     "SOURCES",
@@ -184,7 +185,7 @@ def from_python(
     """What a function of yours returns: a `VLM`, a (model, processor) pair of a vision-language model, or any module.
 
     name: ``pkg.mod:factory``, importable from where limbeck runs. options: keyword arguments for the factory.
-    dtype, device: where the module goes; None leaves it as it is.
+    dtype: of its weights (`cast_weights`); device: where it goes; None leaves it as it is.
     Raises `BadInput` where the factory cannot be found or returns something else.
     """
     made = imported(name)(**(options or {}))
@@ -193,7 +194,9 @@ def from_python(
     if not isinstance(made, VLM | nn.Module):
         raise BadInput(f"{name} returned a {type(made).__name__}: return a VLM, a (model, processor) pair or a module")
     module = made.model if isinstance(made, VLM) else made
-    module.to(device=device, dtype=as_dtype(dtype))
+    if (weights := as_dtype(dtype)) is not None:
+        cast_weights(module, weights)
+    module.to(device)
     return made
 
 

@@ -21,7 +21,7 @@ class FrozenTeacher:
     sees it. Calling it runs without gradient. A route that needs gradient *through* the teacher (the visual switch) uses
     ``teacher.module`` directly: its parameters still require none.
 
-    dtype: cast the weights (e.g. ``torch.bfloat16``); None keeps them. overlap: on a GPU, `aside` lets the teacher's
+    dtype: cast the weights, see `cast_weights` (e.g. ``torch.bfloat16``); None keeps them. overlap: on a GPU, `aside` lets the teacher's
     work run beside the student's.
     """
 
@@ -32,7 +32,7 @@ class FrozenTeacher:
             raise TypeError("this teacher is frozen already: pass the FrozenTeacher itself, or its .module")
         self.module = module.eval().requires_grad_(False)
         if dtype is not None:
-            self.module.to(dtype)
+            cast_weights(self.module, dtype)
         self._stream: torch.cuda.Stream | None = None
 
     @classmethod
@@ -86,3 +86,17 @@ class FrozenTeacher:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.module.parameters())
         return f"FrozenTeacher({type(self.module).__name__}, {count:,} parameters, {self.dtype})"
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """``module.to(dtype)``, but for the frequencies of rotary positions (buffers named ``inv_freq``): rounded ones turn the words of a
+    long prompt to where others stand."""
+    frequencies = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    module.to(dtype)
+    for owner, name, buffer in frequencies:
+        setattr(owner, name, buffer)

@@ -21,8 +21,9 @@ from limbeck.teachers.frozen import FrozenTeacher
 TOP_K_ROWS = 256  # positions whose logits exist at once when a cache is written
 
 
-def as_view(model: VLM | nn.Module) -> VLM:
-    """The view itself, or a view of a bare transformers model."""
+def as_view(model: VLM | nn.Module | FrozenTeacher) -> VLM:
+    """The view itself, or a view of a bare transformers model, which may be frozen."""
+    model = model.module if isinstance(model, FrozenTeacher) else model
     return model if isinstance(model, VLM) else VLM(model)
 
 
@@ -43,7 +44,9 @@ class VLMMethod(Method):
     view: VLM
     teacher_view: VLM
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | CachedTeacher | None = None, **hyper: Any) -> None:
+    def __init__(
+        self, student: VLM | nn.Module, teacher: VLM | nn.Module | FrozenTeacher | CachedTeacher | None = None, **hyper: Any
+    ) -> None:
         super().__init__()
         self.config = self.Config(**hyper)
         self.view = as_view(student)
@@ -53,7 +56,7 @@ class VLMMethod(Method):
             teacher.check_ids(self.vocabulary)
         elif teacher is not None:
             self.teacher_view = as_view(teacher)
-            self.teacher = FrozenTeacher(self.teacher_view.model)
+            self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(self.teacher_view.model)
             self.vocabulary = check_vocabulary(self.view, self.teacher_view)
         elif self.needs_teacher:
             raise BadInput(f"method {self.name!r} needs a teacher, none was given: add `teacher:` to the recipe")
@@ -97,5 +100,13 @@ class VLMMethod(Method):
         return Rows(TopK.joined(top), positions[0].bincount(minlength=len(inputs["labels"])))
 
     def terms(self, **terms: linear.Term) -> Losses:
-        """The weighted terms over logits that are not computed yet, in one pass over them (`limbeck.losses.linear`)."""
-        return Losses(linear.losses(terms, weights=self.weights))
+        """The weighted terms over logits that are not computed yet, in one pass over them (`limbeck.losses.linear`).
+
+        Where nothing that trains had a part in them (words alone, while the projector trains), the gradient of all that trains is 0.
+        """
+        losses = Losses(linear.losses(terms, weights=self.weights))
+        if torch.is_grad_enabled() and not any(value.requires_grad for value in losses.values()):
+            name, value = next(iter(losses.items()))
+            untouched = (parameter.flatten()[:0].sum() for parameter in self.parameters() if parameter.requires_grad)
+            losses[name] = sum(untouched, value).to(value.dtype)
+        return losses

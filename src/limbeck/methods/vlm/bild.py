@@ -17,6 +17,7 @@ from limbeck.losses import linear
 from limbeck.methods.base import Batch, Losses
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM
+from limbeck.teachers.frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class BiLD(VLMMethod):
     needs_teacher = True
     uncached = "its student-led pairs need the teacher's logits at ids that only the student ranks high"
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module, **hyper: Any) -> None:
+    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | FrozenTeacher, **hyper: Any) -> None:
         super().__init__(student, teacher, **hyper)
         self.weights = {"ce": self.config.ce, "bild": self.config.bild}
 

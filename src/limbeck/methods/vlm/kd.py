@@ -20,6 +20,7 @@ from limbeck.methods.base import Batch, Losses
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM
 from limbeck.teachers.cached import CachedTeacher, Rows
+from limbeck.teachers.frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class KD(VLMMethod):
     Config = KDConfig
     needs_teacher = True
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | CachedTeacher, **hyper: Any) -> None:
+    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | FrozenTeacher | CachedTeacher, **hyper: Any) -> None:
         super().__init__(student, teacher, **hyper)
         self.weights = {"ce": self.config.ce, "kd": self.config.kd}
 

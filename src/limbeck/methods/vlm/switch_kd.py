@@ -31,6 +31,7 @@ from limbeck.methods.base import Batch, Losses, Stage
 from limbeck.methods.vlm.base import VLMMethod
 from limbeck.models.vlm import VLM, Replay, Visual, check_visual
 from limbeck.modules.bridge import VisualBridge
+from limbeck.teachers.frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class SwitchKD(VLMMethod):
     uncached = "its switch route runs through the teacher's language model at every step"
     teacher_view: VLM
 
-    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module, **hyper: Any) -> None:
+    def __init__(self, student: VLM | nn.Module, teacher: VLM | nn.Module | FrozenTeacher, **hyper: Any) -> None:
         super().__init__(student, teacher, **hyper)
         config = self.config
         self.weights = {"ce": config.ce, "align": config.align, "switch": config.switch}
@@ -125,7 +126,8 @@ class SwitchKD(VLMMethod):
         terms: dict[str, Term] = {"ce": CrossEntropy(student.logits, labels)}
         if self.needs("align"):
             terms["align"] = self.difference(student.logits, teacher.logits)
-        if self.needs("switch") and (visual := student.reading.visual) is not None:
+        visual = student.reading.visual
+        if self.needs("switch") and visual is not None:
             if not any(level.requires_grad for level in visual):
                 raise BadInput(
                     "the switch term trains the student's vision, whose output carries no gradient here: "
@@ -133,7 +135,10 @@ class SwitchKD(VLMMethod):
                 )
             switch = self.switch_logits(batch, visual, teacher.reading.replay)
             terms["switch"] = self.difference(switch, teacher.logits)
-        return self.terms(**terms)
+        losses = self.terms(**terms)
+        if self.needs("switch") and visual is None:  # z_switch is z_T; and every process is to have the same terms
+            losses["switch"] = losses["ce"].new_zeros(())
+        return losses
 
     def difference(self, logits: Logits, teacher_logits: Logits) -> DBiLD:
         """DBiLD with this method's options (eq. 7-15)."""

@@ -107,6 +107,16 @@ def test_masked_pairs_are_neither_query_nor_key():
     assert info_nce(queries, keys, mask=torch.zeros(5, dtype=torch.bool)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_info_nce_of_a_zero_row_leaves_it_without_gradient(dtype):
+    queries, keys = draw(4, 6).to(dtype)
+    queries[0] = 0
+    queries.requires_grad_()
+    info_nce(queries, keys).backward()
+    assert not queries.grad[0].any()
+    assert queries.grad.isfinite().all() and queries.grad[1:].any(1).all()
+
+
 def test_info_nce_in_half_precision_is_finite_and_computed_in_float32():
     queries, keys = draw(8, 4).bfloat16()
     keys[0] = 0

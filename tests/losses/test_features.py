@@ -85,6 +85,18 @@ def test_half_precision_and_autocast_compute_in_float32(loss):
         torch.testing.assert_close(loss(student, teacher), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_zero_vector_is_at_right_angles_to_all_and_gets_no_gradient(dtype):
+    student, teacher = draw(3, 6).to(dtype)
+    student[0] = 0
+    student.requires_grad_()
+    values = cosine(student, teacher, reduction="none")
+    values.sum().backward()
+    assert values[0] == 1
+    assert not student.grad[0].any()
+    assert student.grad.isfinite().all() and student.grad[1:].all()
+
+
 def test_channel_dim_may_be_given():
     student, teacher = draw(2, 6, 5)
     torch.testing.assert_close(cosine(student, teacher, channel_dim=1), cosine(student.transpose(1, 2), teacher.transpose(1, 2)))

@@ -218,7 +218,7 @@ def test_a_copied_method_taps_its_own_models(teacher, student, batch):
 
 
 def test_a_half_precision_teacher_is_given_its_own_dtype(teacher, student, batch):
-    method = prepared(teacher.bfloat16(), student, [KD(), Hint("body", "body")], batch)
+    method = prepared(teacher.bfloat16(), student, [KD(), Hint("body", "body"), Hint()], batch)
     losses = method(batch)
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 

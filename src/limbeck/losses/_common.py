@@ -11,6 +11,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 FULL = (torch.float32, torch.float64)
 
+SMALLEST_NORM = 1e-12
+"""A vector that is shorter counts as zero."""
+
 LOG_ZERO = torch.finfo(torch.float32).min / 8
 """The logarithm of nothing. Finite, so that 0 * log 0 is 0, and differences of two of them are 0, in value and in gradient."""
 
@@ -45,6 +48,13 @@ def upcast(tensor: Tensor) -> Tensor:
 def detached(tensor: Tensor) -> Tensor:
     """The tensor without its graph; itself where it has none, as a teacher's: a view of it costs as much as a small operation."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def unit(x: Tensor, dim: int = -1) -> Tensor:
+    """Vectors of norm 1 along ``dim``; a zero vector stays zero and gets no gradient, where F.normalize would give it one of 1e12."""
+    square = x.square().sum(dim, keepdim=True)
+    positive = square > SMALLEST_NORM**2
+    return x * torch.where(positive, torch.where(positive, square, 1).rsqrt(), 0)
 
 
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:

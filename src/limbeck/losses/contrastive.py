@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, select, upcast
+from limbeck.losses._common import Reduction, check_mask, check_same_shape, reduce, select, unit, upcast
 
 EPSILON = 1e-7
 """What the official CRD adds to its denominators."""
@@ -49,8 +49,8 @@ def info_nce(
     """InfoNCE (van den Oord et al., arXiv 1807.03748): cross-entropy of finding each query's own key among all keys, by cosine.
 
     queries, keys: [N, D], pairs row by row, any float dtype; the arithmetic is float32 (float64 where given), also under autocast.
-        Rows are L2-normalised here, which leaves normalised ones as they are. Gradient reaches both, since both may be trained
-        (two modalities of one student): a teacher's keys come from a frozen teacher, or detached.
+        Rows are L2-normalised here, which leaves normalised ones as they are; a zero row stays zero, without gradient. Gradient
+        reaches both, since both may be trained (two modalities of one student): a teacher's keys come from a frozen teacher, or detached.
     temperature: > 0; a tensor where it is learnt.
     mask: [N] bool, True where a pair counts, as a query and as a key; an all-False mask gives 0, not NaN.
     Returns a scalar, or [N] with reduction="none": 0 for a single pair. Raises ValueError on a shape mismatch.
@@ -62,6 +62,6 @@ def info_nce(
         raise ValueError(f"temperature is {temperature}; expected a number > 0")
     check_mask(queries, mask)
     with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = (F.normalize(upcast(select(rows, mask)), dim=-1) for rows in (queries, keys))
+        queries, keys = (unit(upcast(select(rows, mask))) for rows in (queries, keys))
         logits = queries @ keys.T / temperature  # [N, N]
     return reduce(torch.logsumexp(logits, -1) - logits.diagonal(), mask, reduction)

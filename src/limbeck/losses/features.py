@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses._common import Reduction, check_mask, check_same_shape, detached, reduce, upcast
+from limbeck.losses._common import Reduction, check_mask, check_same_shape, detached, reduce, unit, upcast
 
 
 def hint(
@@ -43,11 +42,11 @@ def cosine(
 ) -> Tensor:
     """One minus the cosine between the channel vectors of each position: 0 where they point one way, 2 where opposite.
 
-    Blind to a positive scale of either side. A zero vector has cosine 0 with everything, and a finite gradient.
+    Blind to a positive scale of either side. A zero vector has cosine 0 with everything, and no gradient.
     Arguments, precision and errors as `hint`.
     """
     student, teacher, dim = _positions(student_features, teacher_features, channel_dim, mask)
-    return reduce(1 - F.cosine_similarity(student, teacher, dim=dim), mask, reduction)
+    return reduce(1 - (unit(student, dim) * unit(teacher, dim)).sum(dim), mask, reduction)
 
 
 def _positions(student: Tensor, teacher: Tensor, channel_dim: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor, int]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses._common import Reduction, check_choice, check_mask, check_same_shape, reduce, select, upcast
+from limbeck.losses._common import Reduction, check_choice, check_mask, check_same_shape, reduce, select, unit, upcast
 
 PIXEL_EPS = 1e-6
-TOKEN_EPS = 1e-12
 
 
 def masked_pixels(
@@ -61,8 +59,8 @@ def token_distance(
     With ``normalise`` blind to a positive scale of any token on either side, and at most 2 / sqrt(D) with "l1".
 
     student_tokens, teacher_tokens: [..., D], any float dtype; the arithmetic is float32 (float64 where given). The teacher is detached.
-    normalise: divide each token by its L2 norm, at least 1e-12. mask: [...] bool, True where a token counts; an all-False mask gives 0,
-    not NaN.
+    normalise: divide each token by its L2 norm; a zero token stays zero, without gradient. mask: [...] bool, True where a token counts;
+    an all-False mask gives 0, not NaN.
     Returns a scalar, or [...] with reduction="none": means over D. Raises ValueError on a shape mismatch or an unknown distance.
     """
     check_same_shape(student_tokens, teacher_tokens)
@@ -70,6 +68,6 @@ def token_distance(
     check_choice("distance", distance, ("l1", "l2"))
     student, teacher = select(upcast(student_tokens), mask), select(upcast(teacher_tokens.detach()), mask)
     if normalise:
-        student, teacher = (F.normalize(side, dim=-1, eps=TOKEN_EPS) for side in (student, teacher))
+        student, teacher = unit(student), unit(teacher)
     difference = student - teacher
     return reduce((torch.abs(difference) if distance == "l1" else difference.square()).mean(-1), mask, reduction)

@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from limbeck.losses._common import check_choice, upcast
+from limbeck.losses._common import check_choice, unit, upcast
 
 Kernel = Literal["gaussian", "product"]
 
 FLOOR = 1e-6
 """The smallest distance between two samples."""
-SMALLEST_NORM = 1e-12
 CONDITIONAL_EPS = 1e-7
 COSINES = 2**24
 """How many angles `rkd_angle` holds at once: all those of 256 samples."""
@@ -114,7 +113,7 @@ def cc(
     check_choice("kernel", kernel, ("gaussian", "product"))
     if order < 1:
         raise ValueError(f"order is {order}; expected 1 or more terms beyond the constant")
-    student, teacher = (_products(_unit(x), _unit(x)) for x in _samples(student_features, teacher_features))
+    student, teacher = (_products(unit(x), unit(x)) for x in _samples(student_features, teacher_features))
     if kernel == "gaussian":
         student, teacher = _gaussian(student, gamma, order), _gaussian(teacher, gamma, order)
     return _mean_square(student - teacher)
@@ -127,13 +126,6 @@ def _samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"student {list(student.shape)} and teacher {list(teacher.shape)}; expected [B, ...] of the same B samples"
         )
     return upcast(student).flatten(1), upcast(teacher.detach()).flatten(1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors [..., D] of norm 1; a zero vector stays zero and gets no gradient, where F.normalize would give it one of 1e12."""
-    square = x.square().sum(-1, keepdim=True)
-    positive = square > SMALLEST_NORM**2
-    return x * torch.where(positive, torch.where(positive, square, 1).rsqrt(), 0)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -161,18 +153,18 @@ def _relative_distances(x: Tensor, squared: bool) -> Tensor:
 
 def _cosines_at(x: Tensor, anchors: slice) -> Tensor:
     """[A, B, B]: at each anchor, the cosine of the angle between every two samples."""
-    directions = _unit(x - x[anchors].unsqueeze(1))  # [A, B, D]
+    directions = unit(x - x[anchors].unsqueeze(1))  # [A, B, D]
     return _products(directions, directions)
 
 
 def _similarities(x: Tensor) -> Tensor:
     """[B, B]: products of samples, each row of norm 1. A row's own sample drops out of its scale, so it may have norm 1 already."""
-    return _unit(_products(_unit(x), x))
+    return unit(_products(unit(x), x))
 
 
 def _peers(x: Tensor) -> Tensor:
     """[B, B]: in each row, the probabilities of the other samples given this one."""
-    kernel = (1 + _products(_unit(x), _unit(x))).clamp_min(0) / 2
+    kernel = (1 + _products(unit(x), unit(x))).clamp_min(0) / 2
     kernel = kernel.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
     return kernel / kernel.sum(-1, keepdim=True).clamp_min(CONDITIONAL_EPS)
 

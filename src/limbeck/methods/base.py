@@ -8,11 +8,16 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from limbeck.batch import Batch
+from limbeck.losses.logits import IGNORE
 from limbeck.teachers.cached import Rows
 from limbeck.teachers.frozen import FrozenTeacher
+
+LABEL_TERMS = ("ce", "aug", "dkd")
+"""Names of terms that count samples with a label alone."""
 
 
 class Losses(dict[str, Tensor]):
@@ -104,10 +109,16 @@ class Method(nn.Module):
         """The weighted loss terms of one batch."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(batch) -> Losses")
 
-    def units(self, batch: Batch) -> int:
+    def units(self, batch: Batch) -> int | Mapping[str, int]:
         """Over how many things this batch's losses are means (samples, answer tokens): the engine weighs micro-batches and processes
-        by it, so that however a batch is split, its gradient is that of the whole."""
-        return len(batch["ids"])
+        by it, so that however a batch is split, its gradient is that of the whole. Where terms are means over different things: by term,
+        the same ones for every batch; a term that is not named is a mean over samples.
+
+        The default: those of `LABEL_TERMS` are means over the labels other than -100."""
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return len(batch["ids"])
+        return dict.fromkeys(LABEL_TERMS, int(np.count_nonzero(labels.numpy(force=True) != IGNORE)))
 
     @classmethod
     def recorded(cls, hyper: Mapping[str, Any]) -> Mapping[str, Any]:

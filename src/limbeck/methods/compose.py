@@ -9,10 +9,11 @@ model is edited. What a term needs to compare two shapes is inferred from one dr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from limbeck.errors import BadInput, LimbeckError
 from limbeck.losses.top_k import top_k as top_k_of
 from limbeck.methods.base import Losses, Method
 from limbeck.methods.objectives import KD, Given, Objective, Sides, Tap, Targets, named, unwrapped
-from limbeck.models.classifier import Anatomy, Classifier, anatomy, logits_of
+from limbeck.models.classifier import Anatomy, Classifier, anatomy, in_dtype_of, logits_of
 from limbeck.teachers.cached import CachedTeacher, Rows
 from limbeck.teachers.frozen import FrozenTeacher
 
@@ -89,6 +90,7 @@ class Compose(Method):
                 raise BadInput(f"no teacher is given, and {', '.join(needing)} needs one: give a teacher, or only 'ce'")
             return
         if isinstance(teacher, CachedTeacher):
+            self.recorded({"objectives": objectives})
             return
         module = teacher.module if isinstance(teacher, FrozenTeacher) else teacher
         if not {id(p) for p in module.parameters()}.isdisjoint(id(p) for p in student.parameters()):
@@ -154,7 +156,8 @@ class Compose(Method):
         weights, terms, active = self.weights, {}, self.objectives
         if 0 in weights.values():
             active = {name: term for name, term in active.items() if weights.get(name) != 0}
-        labels, epoch = inputs.get("labels"), self.steps_done / (self.steps_per_epoch or 1)
+        labels, per_epoch = inputs.get("labels"), self.steps_per_epoch
+        epoch = math.inf if per_epoch is None else self.steps_done / (per_epoch or 1)
         seen, logits = self._observe(inputs, active)
         for name, (student, teacher) in seen.items():
             terms[name] = active[name].compute(Given(student, teacher, labels, parts.get(name), inputs, logits, epoch))
@@ -168,10 +171,13 @@ class Compose(Method):
 
     @classmethod
     def recorded(cls, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        taught = {name: term for name, term in named(hyper["objectives"]).items() if term.needs_teacher}
+        for name, term in taught.items():
+            if term.uncached:
+                raise BadInput(f"{name!r} {term.uncached} and needs the teacher itself: leave the cache out")
         return {
             name: {"temperature": term.temperature} if isinstance(term, KD) else {"teacher": getattr(term, "teacher", "logits")}
-            for name, term in named(hyper["objectives"]).items()
-            if term.needs_teacher
+            for name, term in taught.items()
         }
 
     def record(self, batch: Batch | Sequence[Tensor], top_k: int) -> dict[str, Rows]:
@@ -192,20 +198,21 @@ class Compose(Method):
     def _place_taps(self, pixel_values: Tensor, taught: Mapping[str, Any] | None, *, to_fit: bool = True) -> None:
         """Find out what each term reads of each model, and where its usual points are if it asks for those. to_fit: of several layers, no
         more of one model than the other has."""
-        teacher = None if self.teacher is None else self.teacher.module
+        teacher: Any = None if self.teacher is None else self.teacher.module
+        of_student, of_teacher = (cache(partial(_anatomy, model, pixel_values)) for model in (self.student, teacher))
         for name, term in self.objectives.items():
-            ours = _labelled(name, term.targets("student", self.student, partial(_anatomy, self.student, pixel_values)))
+            ours = _labelled(name, term.targets("student", self.student, of_student))
             theirs: dict[str, Tap] = {}
             if term.needs_teacher and teacher is not None:
-                theirs = _labelled(name, term.targets("teacher", teacher, partial(_anatomy, teacher, pixel_values)))
+                theirs = _labelled(name, term.targets("teacher", teacher, of_teacher))
             elif term.needs_teacher and taught is not None:
-                theirs = {label: (label, "output") for label in taught if label.startswith(f"{name}@")}
+                theirs = {label: Tap(label) for label in taught if label.startswith(f"{name}@")}
             if theirs and name not in ours | theirs:
                 fitting = _deepest(name, term, ours, theirs)
                 ours, theirs = fitting if to_fit else (ours, theirs)
             self.student_reads[name], self.teacher_reads[name] = ours, theirs
-        self.student_taps = taps.Places({label: place for reads in self.student_reads.values() for label, place in reads.items()})
-        self.teacher_taps = taps.Places({label: place for reads in self.teacher_reads.values() for label, place in reads.items()})
+        self.student_taps, self.student_turned = _places(self.student_reads)
+        self.teacher_taps, self.teacher_turned = _places(self.teacher_reads)
 
     def _observe(self, batch: Mapping[str, Any], terms: Mapping[str, Objective]) -> tuple[dict[str, tuple[Any, Any]], Tensor]:
         """What each term compares, the student's side and the teacher's: logits or tapped features; and the student's logits of the
@@ -222,10 +229,11 @@ class Compose(Method):
             logits = logits_of(student(pixel_values))
         if teacher is not None:
             teacher.join()
+        found = _turned(features, self.student_turned) if self.student_turned else features
         seen, ours, theirs = {}, self.student_reads, self.teacher_reads
         for name, term in terms.items():
             seen[name] = (
-                _read(name, ours[name], features) if ours[name] else logits,
+                _read(name, ours[name], found) if ours[name] else logits,
                 (_read(name, theirs[name], taught) if theirs[name] else taught[name]) if term.needs_teacher else None,
             )
             if labelled is not None and not term.reads_unlabelled:
@@ -243,20 +251,21 @@ class Compose(Method):
             pixel_values = pixel_values.to(self.teacher_dtype)
         with self.teacher_taps.open(unwrapped(teacher.module)) as features:
             output = teacher(pixel_values)
+        found = _turned(features, self.teacher_turned) if self.teacher_turned else features
         told = {}
         for name in needing:
             reads = self.teacher_reads[name]
             if reads:
                 for label in reads:
-                    told[label] = features[label]
+                    told[label] = found[label]
             else:
                 told[name] = logits_of(output)
         return told
 
     def _sides(self, name: str, pixel_values: Tensor, logits: Tensor) -> Sides:
         teacher = None if self.teacher is None else self.teacher.module
-        names = [tuple(place for place, _ in reads[name].values()) for reads in (self.student_reads, self.teacher_reads)]
-        return Sides(self.student, teacher, names[0], names[1], pixel_values, logits, self.train_size, self.train_labels)
+        ours, theirs = (tuple(reads[name].values()) for reads in (self.student_reads, self.teacher_reads))
+        return Sides(self.student, teacher, ours, theirs, pixel_values, logits, self.train_size, self.train_labels)
 
     def _check_tensors(self, name: str, student: Any, teacher: Any) -> None:
         for side, reads, given in (
@@ -271,7 +280,7 @@ class Compose(Method):
 
     def _located(self, name: str, error: BadInput) -> str:
         """The error with the term and its layers."""
-        ours, theirs = (", ".join(place for place, _ in r[name].values()) for r in (self.student_reads, self.teacher_reads))
+        ours, theirs = (", ".join(tap.name for tap in r[name].values()) for r in (self.student_reads, self.teacher_reads))
         if not ours:
             return str(error)
         return f"{name} ({ours} -> {theirs}): {error}" if theirs else f"{name} ({ours}): {error}"
@@ -318,7 +327,7 @@ def _inputs(batch: Batch | Sequence[Tensor]) -> Mapping[str, Any]:
 
 
 def _anatomy(model: nn.Module, pixel_values: Tensor) -> Anatomy:
-    return model.anatomy(pixel_values) if isinstance(model, Classifier) else anatomy(model, pixel_values[:2])
+    return model.anatomy(pixel_values) if isinstance(model, Classifier) else anatomy(model, in_dtype_of(model, pixel_values[:2]))
 
 
 def _labelled(name: str, targets: Targets) -> dict[str, Tap]:
@@ -326,8 +335,20 @@ def _labelled(name: str, targets: Targets) -> dict[str, Tap]:
     if targets is None:
         return {}
     if isinstance(targets[0], tuple):
-        return {f"{name}@{number}": place for number, place in enumerate(targets)}
-    return {name: targets}
+        return {f"{name}@{number}": Tap(*place) for number, place in enumerate(targets)}
+    return {name: Tap(*targets)}
+
+
+def _places(reads: Mapping[str, Mapping[str, Tap]]) -> tuple[taps.Places, frozenset[str]]:
+    """Where a model is tapped for all terms; and which of the labels stand for maps [B, H, W, C]."""
+    found = {label: tap for each in reads.values() for label, tap in each.items()}
+    places = taps.Places({label: (tap.name, tap.where) for label, tap in found.items()})
+    return places, frozenset(label for label, tap in found.items() if tap.channels_last)
+
+
+def _turned(features: Mapping[str, Any], turned: frozenset[str]) -> dict[str, Any]:
+    """Tapped features, those under the labels ``turned`` as [B, C, H, W]."""
+    return {label: value.permute(0, 3, 1, 2) if label in turned else value for label, value in features.items()}
 
 
 def _deepest(
@@ -360,5 +381,5 @@ def _tensors(name: str, reads: Mapping[str, Tap], given: Any) -> list[tuple[str,
         return []
     if not reads:
         return [("logits", given)]
-    layers = [place if where == "output" else f"input of {place}" for place, where in reads.values()]
+    layers = [tap.name if tap.where == "output" else f"input of {tap.name}" for tap in reads.values()]
     return list(zip(layers, (given,) if name in reads else given, strict=True))

@@ -2,7 +2,8 @@
 
 Each names its source in its docstring. Where it reads features, ``student`` and ``teacher`` name submodules, or one of three words that a
 dry forward resolves: "@features" (the last map or tokens), "@pooled" (what the head reads), "@stages" (the last block at each
-resolution; as many of the deepest as both models have). Weights default to those of the papers' or the comparisons' CIFAR-100 experiments.
+resolution, a stem's too; as many of the deepest as both models have). What they give is read as [B, C, H, W], also of a model that keeps
+maps as [B, H, W, C]. Weights default to those of the papers' or the comparisons' CIFAR-100 experiments.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from limbeck import losses, taps
 from limbeck.errors import BadInput
 from limbeck.losses import classification, maps, relations
 from limbeck.losses.top_k import TopK, top_k_divergence
-from limbeck.models.classifier import Anatomy, Classifier, logits_of
+from limbeck.models.classifier import Anatomy, Classifier, in_dtype_of, logits_of
 from limbeck.modules.memory import CRDHead
 from limbeck.modules.projectors import ConvReg, as_map, infer_adapter
 from limbeck.modules.regressors import Generation, OFDConnector, ReviewFusion, SimKDProjector, VIDRegressor
@@ -31,7 +32,16 @@ from limbeck.naming import nearest
 WORDS = ("@features", "@pooled", "@stages")
 
 Layers = str | tuple[str, ...]
-Tap = tuple[str, taps.Where]
+
+
+class Tap(NamedTuple):
+    """Where a term reads a model: a submodule's name, and which side of it. channels_last: its maps are [B, H, W, C], and are turned."""
+
+    name: str
+    where: taps.Where = "output"
+    channels_last: bool = False
+
+
 Targets = Tap | tuple[Tap, ...] | None
 
 
@@ -40,7 +50,7 @@ class Given(NamedTuple):
 
     student, teacher: logits, a feature, or a tuple of features where the term names several layers; teacher is None where it reads none.
     labels: [B], or None. part: what `Objective.part` made. batch: as the engine gives it. logits: the student's, [B, C]. epoch: epochs
-    trained so far.
+    trained so far; inf where their length is not known, so that what warms up is through.
     """
 
     student: Any
@@ -55,15 +65,15 @@ class Given(NamedTuple):
 class Sides(NamedTuple):
     """What a term's trained part may need to know.
 
-    student, teacher: the models; teacher is None where a cache stands for it. student_names, teacher_names: the submodules that the term
-    reads. pixel_values, logits: of the dry forward; logits are the student's. samples, labels: number and labels [n] of the training
+    student, teacher: the models; teacher is None where a cache stands for it. student_taps, teacher_taps: where the term reads them.
+    pixel_values, logits: of the dry forward; logits are the student's. samples, labels: number and labels [n] of the training
     data, None where unknown.
     """
 
     student: nn.Module
     teacher: nn.Module | None
-    student_names: tuple[str, ...]
-    teacher_names: tuple[str, ...]
+    student_taps: tuple[Tap, ...]
+    teacher_taps: tuple[Tap, ...]
     pixel_values: Tensor
     logits: Tensor
     samples: int | None
@@ -73,13 +83,14 @@ class Sides(NamedTuple):
 class Objective:
     """One term of the loss, on logits. A subclass is a dataclass; one that sets ``name`` can be named in a recipe.
 
-    weight: factor of the term in the total, finite and >= 0.
+    uncached: why a teacher's kept answers will not do, where they will not. weight: factor of the term in the total, finite and >= 0.
     """
 
     known: ClassVar[dict[str, type[Objective]]] = {}
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    uncached: ClassVar[str] = ""
 
     weight: float
 
@@ -159,15 +170,7 @@ class CE(Objective):
             raise BadInput(f"label_smoothing is {self.label_smoothing}; expected a number from 0 to 1")
 
     def check(self, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        if labels.is_floating_point() or labels.shape != student.shape[:-1]:
-            raise BadInput(
-                f"labels are {labels.dtype} {list(labels.shape)} beside student logits {list(student.shape)}; "
-                f"expected integers {list(student.shape[:-1])}"
-            )
-        classes = student.shape[-1]
-        outside = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
-        if outside.numel():
-            raise BadInput(f"the student has {classes} classes, and a label is {outside[0].item()}; expected 0 to {classes - 1}")
+        check_labels(student, labels)
 
     @property
     def reads_mixtures(self) -> bool:
@@ -250,6 +253,10 @@ class DKD(LogitObjective):
     weight: float = 1.0
     warmup_epochs: float = 20.0
 
+    def check(self, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        super().check(student, teacher, labels)
+        check_labels(student, labels)
+
     def compute(self, given: Given) -> Tensor:
         labels = given.labels
         known = None if labels.min() >= 0 else labels >= 0
@@ -303,6 +310,9 @@ class DML(Objective):
 
     weight: float = 1.0
 
+    def check(self, student: Tensor, teacher: Any, labels: Tensor) -> None:
+        check_labels(student, labels)
+
     def part(self, student: Tensor, teacher: Any, sides: Sides) -> nn.Module:
         return drawn_anew(sides.student)
 
@@ -343,15 +353,16 @@ class ONE(Objective):
             return None
         if self.stage is None and not anatomy().stages:
             raise BadInput(f"'one' copies a stage, and {type(model).__name__} has none to find: name it (stage)")
-        return (self.stage or anatomy().stages[-1]), "input"
+        return Tap(self.stage or anatomy().stages[-1], "input")
 
     def part(self, student: Tensor, teacher: Any, sides: Sides) -> nn.Module:
-        bare = unwrapped(sides.student)
-        stage, head = bare.get_submodule(sides.student_names[0]), head_of(sides.student, sides.pixel_values)
-        if not _close(head(as_map(stage(student)).mean((2, 3))), sides.logits):
+        bare, name = unwrapped(sides.student), sides.student_taps[0].name
+        stage = bare.get_submodule(name)
+        head = head_on_mean(sides.student, stage(student), sides.pixel_values)
+        if head is None:
             raise BadInput(
-                f"'one' branches {type(bare).__name__} at {sides.student_names[0]!r}, and what follows is more than average pooling and "
-                "a linear head: name a later `stage`"
+                f"'one' branches {type(bare).__name__} at {name!r}, and what follows is more than average pooling and a linear head: "
+                "name a later `stage`"
             )
         return Branches(stage, head, student, self.branches)
 
@@ -462,23 +473,37 @@ class MGD(Objective):
 class SimKD(Objective):
     """The student's last map is projected to the teacher's, and the teacher's own classifier reads it (SimKD, arXiv 2203.14001).
 
-    The shipped student is trunk, projector and the teacher's head. The paper trains with this term alone.
+    The shipped student is trunk, projector and the teacher's head. The paper trains with this term alone. Raises `BadInput` where the
+    head is not a linear layer on the mean of the map (a class token, a hidden layer): ``teacher: "@pooled"`` is what such a head reads.
     """
 
     name = "simkd"
+    uncached = "ships the teacher's classifier"
 
     student: str = "@features"
     teacher: str = "@features"
     weight: float = 1.0
     factor: int = 2
 
+    def targets(self, side: Literal["student", "teacher"], model: nn.Module, anatomy: Callable[[], Anatomy]) -> Targets:
+        found = super().targets(side, model, anatomy)
+        if side == "student" and isinstance(found, Tap) and found.where == "input":
+            raise BadInput(
+                "'simkd' ships the student up to the layer that it reads: name one by its output, not '@pooled' (student)"
+            )
+        return found
+
     def part(self, student: Tensor, teacher: Tensor, sides: Sides) -> nn.Module:
-        if sides.teacher is None:
-            raise BadInput("'simkd' ships the teacher's classifier and needs the teacher itself: leave `cache` out")
-        head = copy.deepcopy(head_of(sides.teacher, sides.pixel_values))
-        return Reheaded(
-            sides.student_names[0], SimKDProjector(as_map(student).shape, as_map(teacher).shape, factor=self.factor), head
-        )
+        assert sides.teacher is not None
+        (place, _, turned), (place_of, *_) = sides.student_taps[0], sides.teacher_taps[0]
+        head = head_on_mean(sides.teacher, teacher, sides.pixel_values)
+        if head is None:
+            raise BadInput(
+                f"'simkd' ships the teacher's head behind the mean of {place_of!r}, and {type(unwrapped(sides.teacher)).__name__} has no "
+                "linear head that reads this mean: name what it reads (teacher: '@pooled')"
+            )
+        projector = SimKDProjector(as_map(student).shape, as_map(teacher).shape, factor=self.factor)
+        return Reheaded(place, projector, copy.deepcopy(head), channels_last=turned)
 
     def compute(self, given: Given) -> Tensor:
         part: Any = given.part
@@ -586,6 +611,11 @@ class CRD(PooledObjective):
     def part(self, student: Tensor, teacher: Tensor, sides: Sides) -> nn.Module:
         if sides.samples is None:
             raise BadInput("'crd' remembers every training sample and must know how many there are: train with limbeck.distill")
+        if student.dim() != 2 or teacher.dim() != 2:
+            raise BadInput(
+                f"'crd' embeds vectors [B, D]: the student's feature is {list(student.shape)}, the teacher's {list(teacher.shape)}; name "
+                "layers that give one vector a picture"
+            )
         return CRDHead(
             student.shape[1], teacher.shape[1], sides.samples, sides.labels, self.negatives, self.temperature, self.momentum,
             self.width, self.mode,
@@ -703,24 +733,31 @@ class OFD(LayersObjective):
     """Maps before the ReLU, where the teacher says something: its positive values, or the student's above a margin (OFD, arXiv
     1904.01866).
 
-    teacher: the BatchNorm layers before its ReLUs, from which the margins follow; "@stages" takes the last BatchNorm of each stage.
-    student: layers of the same sizes, before their ReLUs. A level counts half as much as the next deeper one.
+    teacher: the BatchNorm layers before its ReLUs, from which the margins follow; "@stages" takes the last BatchNorm of each stage that
+    holds one. student: layers of the same sizes, before their ReLUs. A level counts half as much as the next deeper one.
+    Raises `BadInput` where an activation layer overwrites what such a layer gives.
     """
 
     name = "ofd"
+    uncached = "reads the teacher's BatchNorm layers"
 
     weight: float = 1e-3
 
     def targets(self, side: Literal["student", "teacher"], model: nn.Module, anatomy: Callable[[], Anatomy]) -> Targets:
         if getattr(self, side) != "@stages":
             return super().targets(side, model, anatomy)
-        return tuple((last_norm(unwrapped(model), stage), "output") for stage in anatomy().stages)
+        bare, stages = unwrapped(model), anatomy().stages
+        norms = [norm for norm in (last_norm(bare, stage) for stage in stages) if norm is not None]
+        if not norms:
+            raise BadInput(f"'ofd': no stage of {type(bare).__name__} holds a BatchNorm: name the layers before its ReLUs")
+        return tuple(map(Tap, norms))
 
     def part(self, student: Sequence[Tensor], teacher: Sequence[Tensor], sides: Sides) -> nn.Module:
-        if sides.teacher is None:
-            raise BadInput("'ofd' reads the teacher's BatchNorm layers and needs the teacher itself: leave `cache` out")
+        assert sides.teacher is not None
+        check_kept("student", sides.student, sides.student_taps, sides.pixel_values)
+        check_kept("teacher", sides.teacher, sides.teacher_taps, sides.pixel_values)
         connectors = nn.ModuleList(OFDConnector(s.shape, t.shape) for s, t in zip(student, teacher, strict=True))
-        for number, name in enumerate(sides.teacher_names):
+        for number, (name, *_) in enumerate(sides.teacher_taps):
             layer: Any = unwrapped(sides.teacher).get_submodule(name)
             if getattr(layer, "weight", None) is None or getattr(layer, "running_mean", None) is None:
                 raise BadInput(
@@ -764,16 +801,18 @@ class Branches(nn.Module):
 class Reheaded(nn.Module):
     """What stands behind a student's last map: a projector, and a frozen copy of the teacher's head on the mean over positions (SimKD).
 
-    features: the submodule that gives the map.
+    features: the submodule that gives the map. channels_last: as [B, H, W, C].
     """
 
-    def __init__(self, features: str, projector: nn.Module, head: nn.Module) -> None:
+    def __init__(self, features: str, projector: nn.Module, head: nn.Module, *, channels_last: bool = False) -> None:
         super().__init__()
         self.features, self.projector, self.head = features, projector, head.requires_grad_(False)
+        self.channels_last = channels_last
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W] or [B, N, D] -> logits [B, K]."""
-        return self.head(self.projector(as_map(features)).mean((2, 3)))
+        turned = features.permute(0, 3, 1, 2) if self.channels_last else features
+        return self.head(self.projector(as_map(turned)).mean((2, 3)))
 
 
 class Spliced(nn.Module):
@@ -790,11 +829,25 @@ class Spliced(nn.Module):
         return self.head(seen["features"])
 
 
-def head_of(model: nn.Module, pixel_values: Tensor) -> nn.Module:
-    """The layer that gives a model's logits, found with pictures [B, C, H, W]."""
+def head_on_mean(model: nn.Module, features: Tensor, pixel_values: Tensor) -> nn.Module | None:
+    """A model's head, where it is a linear layer and reads the mean over positions of these features of pictures [B, C, H, W]; or None."""
     view = Classifier.of(model)
-    view.anatomy(pixel_values)
-    return view.head
+    pooled = view.read(in_dtype_of(model, pixel_values)).pooled
+    mean = as_map(features)[: len(pooled)].mean((2, 3))  # pictures beside the labelled ones come after these
+    return view.head if isinstance(view.head, nn.Linear) and _close(mean, pooled) else None
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise `BadInput` unless labels are classes of the logits [..., C], or -100."""
+    if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
+        raise BadInput(
+            f"labels are {labels.dtype} {list(labels.shape)} beside student logits {list(logits.shape)}; "
+            f"expected torch.int64 {list(logits.shape[:-1])}"
+        )
+    classes = logits.shape[-1]
+    outside = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if outside.numel():
+        raise BadInput(f"the student has {classes} classes, and a label is {outside[0].item()}; expected 0 to {classes - 1}")
 
 
 def resolved(layer: str, model: nn.Module, anatomy: Callable[[], Anatomy]) -> Tap | tuple[Tap, ...]:
@@ -802,17 +855,17 @@ def resolved(layer: str, model: nn.Module, anatomy: Callable[[], Anatomy]) -> Ta
     if layer not in WORDS:
         if layer.startswith("@"):
             raise BadInput(f"{layer!r} is no usual point; {nearest(layer, WORDS)}")
-        return layer, "output"
+        return Tap(layer)
     found = anatomy()
     if layer == "@pooled":
-        return found.head, "input"
+        return Tap(found.head, "input")
     if layer == "@features":
-        return found.features, "output"
-    return tuple((name, "output") for name in found.stages)
+        return Tap(found.features, channels_last=found.features in found.channels_last)
+    return tuple(Tap(name, channels_last=name in found.channels_last) for name in found.stages)
 
 
 def _one(found: Tap | tuple[Tap, ...]) -> Tap:
-    if isinstance(found[0], tuple):
+    if not isinstance(found, Tap):
         raise BadInput("'stages' stands for several layers: write it alone, not in a list")
     return found
 
@@ -823,30 +876,51 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    """Whether two ways give one result, up to rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    slack = max(1e-3, *(4 * torch.finfo(each.dtype).eps for each in (ours, theirs)))
+    return bool((ours.float() - theirs.float()).abs().max() <= slack * theirs.float().abs().max())
 
 
-def last_norm(model: nn.Module, stage: str) -> str:
-    """The last BatchNorm inside a stage; `BadInput` where there is none."""
+def last_norm(model: nn.Module, stage: str) -> str | None:
+    """The last BatchNorm inside a stage; None where there is none."""
     norms = [name for name, module in model.get_submodule(stage).named_modules() if isinstance(module, nn.BatchNorm2d)]
-    if not norms:
-        raise BadInput(f"'ofd': {stage!r} of {type(model).__name__} holds no BatchNorm: name the layers before its ReLUs")
-    return f"{stage}.{norms[-1]}" if norms[-1] else stage
+    return next((f"{stage}.{name}" if name else stage for name in reversed(norms)), None)
+
+
+def check_kept(side: str, model: nn.Module, places: Sequence[Tap], pixel_values: Tensor) -> None:
+    """Raise `BadInput` where what is read of layers has been written over by an activation layer behind them. What is added in place (a
+    shortcut) is read with the sum, as in OFD's own code."""
+    bare = unwrapped(model)
+    names = [place.name for place in places]
+    writers = [name for name, module in bare.named_modules() if getattr(module, "inplace", False) and name not in names]
+    with taps.record(bare, {name: name for name in (*writers, *names)}) as seen:
+        model(in_dtype_of(model, pixel_values))
+    for name, writer in itertools.product(names, writers):
+        if any(written is seen[name] for written in seen.calls(writer)):
+            raise BadInput(
+                f"the {side}'s {writer!r} writes over what {name!r} gives, so that no map before it is left: set its `inplace` to False"
+            )
 
 
 def drawn_anew(module: nn.Module) -> nn.Module:
-    """A copy with fresh random weights, by each layer's own initialisation."""
+    """A copy in training mode with fresh random weights, by each layer's own initialisation; what no layer initialises (position
+    embeddings) is the module's."""
     fresh = copy.deepcopy(module)
-    for layer in fresh.modules():
-        reset = getattr(layer, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return fresh.requires_grad_(True)
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng({p.device for p in module.parameters() if p.device.type == "cuda"}):
+        torch.manual_seed(seed)  # the module may come from this very seed: going on from there would draw it again
+        for layer in reversed(list(fresh.modules())):  # what holds layers has the last word
+            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+    return fresh.requires_grad_(True).train()
 
 
 def warmed_up(term: Tensor, epoch: float, epochs: float) -> Tensor:
     """The term times min((epoch + 1) / epochs, 1): whole epochs count from 1, as in the authors' code."""
-    return term * min((math.floor(epoch) + 1) / epochs, 1.0) if epochs else term
+    return term * min((math.floor(min(epoch, epochs)) + 1) / epochs, 1.0) if epochs else term
 
 
 def as_maps(given: Given) -> list[tuple[Tensor, Tensor]]:

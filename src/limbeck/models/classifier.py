@@ -45,13 +45,13 @@ class Anatomy(NamedTuple):
 
     features: gives the last map or tokens; the head itself where nothing runs before it. head: the linear layer (or 1x1 convolution) that
     gives the logits. stages: the last submodule at each resolution of a CNN, or the blocks at each quarter of a transformer's depth: the
-    usual points to tap. Submodules that return tuples are not named. channels_last: whether the features are [B, H, W, C], as in Swin.
+    usual points to tap. Submodules that return tuples are not named. channels_last: those of them whose maps are [B, H, W, C], as Swin's.
     """
 
     features: str
     head: str
     stages: tuple[str, ...]
-    channels_last: bool = False
+    channels_last: tuple[str, ...] = ()
 
 
 class Classifier(nn.Module):
@@ -116,8 +116,7 @@ class Classifier(nn.Module):
             pixel_values = F.interpolate(pixel_values, (self.size, self.size), mode="bilinear", antialias=True)
         if self.normalises:
             pixel_values = (pixel_values - self.mean) / self.std
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), pixel_values.dtype)
-        return pixel_values if torch.is_autocast_enabled(pixel_values.device.type) else pixel_values.to(dtype)
+        return pixel_values if torch.is_autocast_enabled(pixel_values.device.type) else in_dtype_of(self.model, pixel_values)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [0, 1] -> logits [B, K]."""
@@ -136,7 +135,7 @@ class Classifier(nn.Module):
         with self._places.open(self.model) as seen:
             logits = self(pixel_values)
         features, pooled = seen["features"], seen["pooled"]
-        if anatomy.channels_last:
+        if anatomy.features in anatomy.channels_last:
             features = features.permute(0, 3, 1, 2)
         return Seen(features, pooled.mean((2, 3)) if pooled.dim() == 4 else pooled.flatten(1), logits)
 
@@ -207,6 +206,11 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def in_dtype_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Pictures in the dtype of a model's first floating-point parameter; as they are where it has none."""
+    return pixel_values.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), pixel_values.dtype))
+
+
 @dataclass
 class _Call:
     """One submodule's part in a dry forward. version: torch's count of what was written into the output in place, by then."""
@@ -246,8 +250,8 @@ def anatomy(model: nn.Module, shown: Tensor) -> Anatomy:
     last = _last_map(before, maps, stages, aspect)
     if last is None:
         return Anatomy(before[-1].name if before else head, head, ())
-    channels_last = last.output.dim() == 4 and _channels_last(last.output, aspect)
-    return Anatomy(last.name, head, tuple(call.name for call in stages), channels_last)
+    turned = [call.name for call in (*stages, last) if call.output.dim() == 4 and _channels_last(call.output, aspect)]
+    return Anatomy(last.name, head, tuple(call.name for call in stages), tuple(dict.fromkeys(turned)))
 
 
 def _dry_forward(model: nn.Module, shown: Tensor) -> tuple[list[_Call], Tensor]:

@@ -113,6 +113,15 @@ def as_map(features: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (layout.height, layout.width))
 
 
+def check_maps(name: str, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
+    """Raise `BadInput` unless both are shapes of maps."""
+    if len(student_shape) != 4 or len(teacher_shape) != 4:
+        raise BadInput(
+            f"{name} cannot map the student's {list(student_shape)} to the teacher's {list(teacher_shape)}; "
+            "tap maps of shape [B, C, H, W]"
+        )
+
+
 class FeatureAdapter(nn.Module):
     """A linear layer over channels and a change of resolution, between any two `Layout` that `infer_adapter` allows.
 
@@ -167,11 +176,12 @@ class ConvReg(nn.Module):
 
     student_shape, teacher_shape: [B, C, H, W]. The kernel follows from the sizes: stride 2 where the student's map is twice the
     teacher's, a transposed convolution where it is half, else a kernel without padding that crops to size. After the ReLU,
-    negative targets cannot be matched. Raises `BadInput` where no such kernel exists.
+    negative targets cannot be matched. Raises `BadInput` where these are not maps, or no such kernel exists.
     """
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         super().__init__()
+        check_maps("ConvReg", student_shape, teacher_shape)
         _, student_channels, *student_size = student_shape
         _, teacher_channels, *teacher_size = teacher_shape
         self.conv: nn.Conv2d | nn.ConvTranspose2d

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import BadInput
 from limbeck.losses.maps import VARIANCE_FLOOR
+from limbeck.modules.projectors import check_maps
 
 VARIANCE = 5.0
 """The variance that `VIDRegressor` starts from, as in the authors' code."""
@@ -30,7 +31,7 @@ class VIDRegressor(nn.Module):
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         super().__init__()
-        _check_maps("VIDRegressor", student_shape, teacher_shape)
+        check_maps("VIDRegressor", student_shape, teacher_shape)
         channels = teacher_shape[1]
         self.resize = _to_smaller(student_shape, teacher_shape)
         self.predict = nn.Sequential(
@@ -57,7 +58,7 @@ class ABF(nn.Module):
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int], *, channels: int, fuse: bool) -> None:
         super().__init__()
-        _check_maps("ABF", student_shape, teacher_shape)
+        check_maps("ABF", student_shape, teacher_shape)
         squeeze = nn.Conv2d(student_shape[1], channels, kernel_size=1, bias=False)
         project = nn.Conv2d(channels, teacher_shape[1], kernel_size=3, padding=1, bias=False)
         for convolution in (squeeze, project):
@@ -98,7 +99,7 @@ class ReviewFusion(nn.Module):
                 "expected as many of each, at least one"
             )
         for student_shape, teacher_shape in zip(student_shapes, teacher_shapes, strict=True):
-            _check_maps("ReviewFusion", student_shape, teacher_shape)
+            check_maps("ReviewFusion", student_shape, teacher_shape)
         *shallow, deepest = zip(student_shapes, teacher_shapes, strict=True)
         channels = min(512, student_shapes[-1][1])
         self.shallow = nn.ModuleList(ABF(*shapes, channels=channels, fuse=True) for shapes in shallow)
@@ -190,7 +191,7 @@ class SimKDProjector(nn.Module):
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int], *, factor: int = 2) -> None:
         super().__init__()
-        _check_maps("SimKDProjector", student_shape, teacher_shape)
+        check_maps("SimKDProjector", student_shape, teacher_shape)
         channels = teacher_shape[1]
         if not 1 <= factor <= channels:
             raise BadInput(f"factor is {factor}; expected one from 1 to the teacher's {channels} channels")
@@ -213,18 +214,9 @@ class SimKDProjector(nn.Module):
         return self.project(self.resize(features))
 
 
-def _check_maps(name: str, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
-    """Raise `BadInput` unless both are shapes of maps."""
-    if len(student_shape) != 4 or len(teacher_shape) != 4:
-        raise BadInput(
-            f"{name} cannot map the student's {list(student_shape)} to the teacher's {list(teacher_shape)}; "
-            "tap maps of shape [B, C, H, W]"
-        )
-
-
 def _check_same_size(name: str, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
     """Raise `BadInput` unless both are shapes of maps of one height and width."""
-    _check_maps(name, student_shape, teacher_shape)
+    check_maps(name, student_shape, teacher_shape)
     if tuple(student_shape[2:]) != tuple(teacher_shape[2:]):
         raise BadInput(
             f"{name} cannot map the student's {list(student_shape)} to the teacher's {list(teacher_shape)}: "

@@ -21,8 +21,8 @@ class EMATeacher(nn.Module):
 
     momentum: m, from 0 to 1. total: steps over which m rises from ``momentum`` to 1 along a cosine (DINO); None keeps it.
     mode: "eval" keeps it in eval mode whatever its owner is in; "train" lets it follow its owner (DINO's BatchNorm).
-    buffers: floating-point ones (BatchNorm statistics) are taken over from the student ("copy") or averaged like weights
-        ("average"); integer ones are taken over.
+    buffers: in mode "eval", floating-point ones (BatchNorm statistics) are taken over from the student ("copy") or averaged like
+        weights ("average"), integer ones taken over. In mode "train" its own forwards keep them.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class EMATeacher(nn.Module):
         buffers are not those of the copy.
         """
         pairs = matched("parameter", dict(self.module.named_parameters()), dict(student.named_parameters()))
-        for own, other in matched("buffer", dict(self.module.named_buffers()), dict(student.named_buffers())):
+        buffers = matched("buffer", dict(self.module.named_buffers()), dict(student.named_buffers()))
+        for own, other in buffers if self.mode == "eval" else ():
             if self.buffer_rule == "average" and own.is_floating_point():
                 pairs.append((own, other))
             else:

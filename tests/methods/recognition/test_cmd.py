@@ -190,6 +190,21 @@ def test_the_teacher_normalises_as_the_student_where_it_is_asked_to():
     assert not any(module.training for module in apart.average.modules())
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_teachers_statistics_are_those_of_its_own_forwards_or_averages(mode):
+    made = method(total_steps=10, teacher_mode=mode, momentum=0.75)
+    name = next(name for name, _ in made.student.named_buffers() if name.endswith("running_mean"))
+    before = made.average.module.get_buffer(name).clone()
+    made(crop_batch())
+    own, students = made.average.module.get_buffer(name).clone(), made.student.get_buffer(name)
+    assert torch.equal(own, before) == (mode == "eval")
+    made.after_step(1)
+    kept = made.average.module.get_buffer(name)
+    expected = own if mode == "train" else own.lerp(students, 1 - made.average.momentum_at(1))
+    torch.testing.assert_close(kept, expected)
+    assert not torch.equal(kept, students)
+
+
 def test_crops_of_one_size_pass_together_in_order():
     made, batch = method().eval(), crop_batch()
     _, seen = looks(made, batch)

@@ -137,7 +137,7 @@ class CMD(Recognition):
             }
         ).to(like)
         self.average, self.average_heads = (
-            EMATeacher(part, momentum=config.momentum, total=self.total_steps, mode=config.teacher_mode)
+            EMATeacher(part, momentum=config.momentum, total=self.total_steps, mode=config.teacher_mode, buffers="average")
             for part in (self.student, self.heads)
         )
 

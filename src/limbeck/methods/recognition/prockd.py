@@ -86,7 +86,7 @@ class AugmentedBranch(nn.Module):
     def __init__(self, student: Classifier, pictures: Tensor, prototypes: int, *, bias: bool) -> None:
         super().__init__()
         seen, anatomy = student.read(pictures), student.anatomy(pictures)
-        self.features, self.channels_last = anatomy.features, anatomy.channels_last
+        self.features, self.channels_last = anatomy.features, anatomy.features in anatomy.channels_last
         self.own_norm = isinstance(student.model.get_submodule(self.features), nn.LayerNorm)
         self.places = taps.Places({"tokens": (self.features, "input" if self.own_norm else "output")})
         self.class_token = seen.features.dim() == 3 and torch.equal(seen.features[:, 0], seen.pooled)
@@ -167,7 +167,7 @@ class ProCKD(Recognition):
         names = self.config.layers or anatomy.stages[-BLOCKS:]
         if not names:
             raise BadInput("'prockd' finds no blocks in the teacher: name submodules that give tokens or maps (layers)")
-        return names, anatomy.channels_last
+        return names, bool(anatomy.channels_last)
 
     def taught_features(self, pictures: Tensor) -> list[Tensor]:
         """What the teacher's blocks give for pictures, [B, N, C] or [B, C, H, W] each, without gradient."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import nn
 
 import limbeck
+from limbeck.data.images import ImageRecord, LabelledImages
+from limbeck.data.views import ImageDataset
 from limbeck.engine import export as exporting
 from limbeck.engine.export import Answers, ExportConfig, answers, escaped, export_module, int8_warnings
 from limbeck.errors import BadInput, LimbeckError
@@ -140,14 +143,15 @@ def snippets(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-def run_onnx_snippet(folder: Path, monkeypatch) -> np.ndarray:
-    """The logits that the model card's code gives for a picture beside it."""
+def run_onnx_snippet(folder: Path, monkeypatch, picture: Image.Image | None = None, **saved: Any) -> dict[str, np.ndarray]:
+    """What the model card's code makes of a picture beside it. saved: how it is written."""
     code = next(code for code in snippets((folder / "MODEL_CARD.md").read_text()) if "onnxruntime" in code)
-    Image.fromarray((pictures(1, seed=3)[0, 0] * 255).byte().numpy()).save(folder / "picture.png")
+    picture = picture or Image.fromarray((pictures(1, seed=3)[0, 0] * 255).byte().numpy())
+    picture.save(folder / "picture.png", **saved)
     monkeypatch.chdir(folder)
     namespace: dict = {}
     exec(compile(code, "MODEL_CARD.md", "exec"), namespace)
-    return namespace["logits"]
+    return namespace
 
 
 def test_the_model_card_shows_code_that_runs_and_escapes_names(exported, model, monkeypatch, capsys):
@@ -155,7 +159,7 @@ def test_the_model_card_shows_code_that_runs_and_escapes_names(exported, model, 
     card = (out / "MODEL_CARD.md").read_text()
     assert card.startswith("# a\\*b\n")
     assert "1: two\\_b, 2: &lt;b&gt;three&lt;/b&gt;, 3: four\\|4" in card
-    logits = run_onnx_snippet(out, monkeypatch)
+    logits = run_onnx_snippet(out, monkeypatch)["logits"]
     seen = (pictures(1, seed=3) * 255).byte() / 255
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(seen), atol=1e-4, rtol=0)
@@ -179,7 +183,42 @@ def test_without_preprocessing_the_graph_takes_what_the_model_is_shown(model, tm
         asked(out / "model.onnx", prepared[:2])
     assert not any("Resize" in node.op_type for node in onnx.load(out / "model.onnx").graph.node)
     assert "mean [0.1, 0.2, 0.3], std [0.5, 0.25, 0.2]" in (out / "MODEL_CARD.md").read_text()
-    assert run_onnx_snippet(out, monkeypatch).shape == (3, 4)
+    assert run_onnx_snippet(out, monkeypatch)["logits"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("preprocessing", [True, False])
+@pytest.mark.parametrize("kind", ["turned", "16 bits"])
+def test_the_model_cards_code_shows_a_file_as_training_does(kind, preprocessing, model, tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 120)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x112] = 6 if kind == "turned" else 1
+    picture = Image.fromarray(noise.astype(np.uint8) if kind == "turned" else noise * 257)
+    picture.save(tmp_path / "a.png", exif=exif)
+    data = ImageDataset(LabelledImages([ImageRecord("a", tmp_path / "a.png", 0)], NAMES), size=20)
+    shown = data[0]["pixel_values"][None]
+    config = ExportConfig(formats=["onnx"], preprocessing=preprocessing)
+    export_module(model, [{"pixel_values": shown}], out=tmp_path / "out", config=config, resized=20)
+    given = torch.from_numpy(run_onnx_snippet(tmp_path / "out", monkeypatch, picture, exif=exif)["pixel_values"])
+    expected = shown if preprocessing else model.prepared(shown)
+    inside = (..., slice(1, -1), slice(1, -1))  # where a picture is cut, what is beside the cut counts only in one of them
+    torch.testing.assert_close(given[inside], expected[inside], atol=0.02, rtol=0)
+
+
+def test_pictures_of_one_size_are_resized_for_a_bare_graph_as_in_training(model, tmp_path, monkeypatch):
+    picture = Image.fromarray((pictures(1, seed=3)[0, 0, :, :10] * 255).byte().numpy())
+    shown = (pictures(1, seed=3)[..., :10] * 255).byte() / 255
+    config = ExportConfig(formats=["onnx"], preprocessing=False)
+    export_module(model, [{"pixel_values": shown}], out=tmp_path / "out", config=config)
+    given = run_onnx_snippet(tmp_path / "out", monkeypatch, picture)["pixel_values"]
+    torch.testing.assert_close(torch.from_numpy(given), model.prepared(shown), atol=0.02, rtol=0)
+
+
+def test_an_empty_current_folder_is_written_into(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_module(model, held_out(), out=".", config=ExportConfig(formats=["safetensors"]))
+    assert {path.name for path in Path(".").iterdir()} == {"student", "export.json", "MODEL_CARD.md"}
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 @pytest.mark.parametrize("error", [2e-4, float("nan")])

@@ -96,6 +96,8 @@ def test_a_model_learns_to_say_what_it_is_shown_and_then_stops():
         ("digit-vlm-student", {"text_widht": 32}, "did you mean 'text_width'"),
         ("digit-vlm-student", {"text_width": 36}, "multiple of 8"),
         ("digit-vlm-student", {"patch_size": 5}, "divide the picture's 16 pixels"),
+        ("digit-vlm-student", {"heads": 0}, "heads is 0; expected a whole number above 0"),
+        ("digit-vlm-student", {"text_layers": "2"}, "text_layers is '2'; expected a whole number above 0"),
     ],
 )
 def test_wrong_names_and_sizes_are_refused_in_one_line(name, sizes, message):

@@ -412,6 +412,22 @@ class TestKind:
         ({"source": "efficientnet-lite", "name": "lite9"}, "lite0, lite1, lite2"),
         ({"source": "tiny", "name": "cnn"}, "tiny 'cnn' needs `classes`"),
         ({"source": "tiny", "name": "cnn", "classes": 2, "options": {"width": [3]}}, "no option 'width'; did you mean 'widths'"),
+        (
+            {"source": "tiny", "name": "cnn", "classes": 2, "options": {"widths": 4}},
+            r"options\.widths is 4; expected a list of whole numbers",
+        ),
+        (
+            {"source": "tiny", "name": "cnn", "classes": 2, "options": {"widths": "48"}},
+            r"options\.widths is '48'; expected a list",
+        ),
+        (
+            {"source": "tiny", "name": "mlp", "classes": 2, "options": {"pixels": "8"}},
+            r"options\.pixels is '8'; expected a whole number above 0",
+        ),
+        (
+            {"source": "efficientnet-lite", "name": "lite0", "classes": 2, "options": {"blocks": "3"}},
+            r"options\.blocks is '3'; .* expected 1 to 7",
+        ),
         ({"source": "tiny", "name": "digit-vlm-student", "classes": 2}, "takes no `classes`; classifiers are cnn, mlp"),
     ],
 )
@@ -463,3 +479,26 @@ def test_the_first_blocks_of_an_efficientnet_are_a_student_of_their_own(tmp_path
         torch.testing.assert_close(load_classifier(tmp_path).eval()(pictures), part(pictures))
     with pytest.raises(BadInput, match=r"options\.blocks is 9"):
         load({"source": "efficientnet-lite", "name": "lite0", "options": {"blocks": 9}})
+
+
+def test_an_image_processor_that_does_not_resize_names_no_size(tmp_path: Path) -> None:
+    import transformers
+
+    folder = hf_resnet(tmp_path)
+    transformers.ViTImageProcessor(do_resize=False).save_pretrained(folder)
+    view = loaded("transformers", folder)
+    assert view.size is None and view.mean.flatten().tolist() == [0.5] * 3
+    transformers.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    assert loaded("transformers", folder).size == 48
+
+
+def test_outputs_without_a_name_are_kept(tmp_path: Path) -> None:
+    """A configuration of transformers counts its outputs by their names."""
+    view = loaded("transformers", hf_resnet(tmp_path / "made"))
+    view.classes = ("cat", "dog")
+    view.save(tmp_path / "saved")
+    again = loaded("transformers", str(tmp_path / "saved"))
+    pictures = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pictures), view(pictures))
+    assert again.classes == ("cat", "dog")

@@ -35,7 +35,7 @@ from limbeck import __version__
 from limbeck.batch import Batch
 from limbeck.engine.batches import EVALUATION_BATCH, evaluation_loader
 from limbeck.engine.recipe import MethodSpec, Recipe, load_recipe
-from limbeck.engine.run import claim, reopen, run_folder, trained_student
+from limbeck.engine.run import check_unused, reopen, run_folder, trained_student
 from limbeck.engine.task import Task, build_task
 from limbeck.errors import BadInput, LimbeckError
 from limbeck.evaluate.cost import latencies, parameters
@@ -138,7 +138,7 @@ def export(
         raise BadInput(f"samples {samples}: expected at least one picture to compare on")
     folder = run_folder(run)
     out = Path(out or folder / "exported")
-    claim(out)
+    check_unused(out)
     recipe = load_recipe(folder / "recipe.yaml")
     student, task = trained(folder, recipe)
     split, pictures = held_out(task)
@@ -218,7 +218,7 @@ def export_module(
     from. resized: pixels a side that the data's pictures were resized to. Raises as `export`.
     """
     config, out = config or ExportConfig(), Path(out)
-    claim(out)
+    check_unused(out)
     view = copy.deepcopy(Classifier.of(model)).cpu().float().eval()
     inputs = _given(view, config)(_pictures(next(iter(batches), {})))
     with _staged(out) as folder:
@@ -474,13 +474,18 @@ def _whole(inputs: Tensor, batch: int) -> Tensor:
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A folder that becomes ``out`` where nothing goes wrong, and else goes."""
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
         yield staged
-        staged.replace(out)
+        if out.exists():  # empty, and perhaps the current folder, from which a replaced one would vanish
+            for path in [*staged.iterdir()]:
+                path.replace(out / path.name)
+        else:
+            staged.replace(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -575,6 +580,8 @@ def _taken(taken: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Pictures had their shorter side resized to {taken['resized']} (bicubic, antialiased), the middle square taken."
         )
+    if _resizes(taken):
+        said.append(f"The caller then resizes them to {width}x{height} (bilinear, antialiased).")
     return said
 
 
@@ -636,6 +643,11 @@ def _student_lines(source: str | None) -> list[str]:
     return lines
 
 
+def _resizes(taken: Mapping[str, Any]) -> bool:
+    """Whether the caller does what the model's view does in training: resize the data's pictures to the model's size."""
+    return taken["preprocessing"] == "by the caller" and taken["size"] not in (None, taken["resized"])
+
+
 def _onnx_snippet(name: str, taken: Mapping[str, Any]) -> list[str]:
     batch, channels, height, width = taken["shape"]
     mode = "L" if channels == 1 else "RGB"
@@ -647,10 +659,17 @@ def _onnx_snippet(name: str, taken: Mapping[str, Any]) -> list[str]:
         "from PIL import Image, ImageOps",
         "",
         f'session = onnxruntime.InferenceSession("{name}")',
-        f'picture = ImageOps.fit(Image.open("picture.png").convert("{mode}"), ({width}, {height}), Image.Resampling.BICUBIC)',
-        "pixels = np.asarray(picture, dtype=np.float32) / 255",
-        f"pixel_values = {to_nchw}",
+        'picture = ImageOps.exif_transpose(Image.open("picture.png"))',
+        'if picture.mode.startswith("I"):  # 16 bits of grey',
+        "    picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))",
+        f'picture = picture.convert("{mode}")',
     ]
+    if taken["resized"] or not _resizes(taken):
+        cut = (taken["resized"], taken["resized"]) if taken["resized"] else (width, height)
+        lines += [f"picture = ImageOps.fit(picture, {cut}, Image.Resampling.BICUBIC)"]
+    if _resizes(taken):
+        lines += [f"picture = picture.resize(({width}, {height}), Image.Resampling.BILINEAR)"]
+    lines += ["pixels = np.asarray(picture, dtype=np.float32) / 255", f"pixel_values = {to_nchw}"]
     if normalised:
         lines += [
             f"mean = np.array({taken['mean']}, dtype=np.float32)[:, None, None]",

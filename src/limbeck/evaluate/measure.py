@@ -44,11 +44,11 @@ class Means:
         self.metrics[name].update(values.float())
 
     def compute(self) -> dict[str, float]:
-        names = sorted({name for part in gathered(sorted(self.metrics)) for name in part})
-        device = next(iter(self.metrics.values())).device if self.metrics else "cpu"
-        for name in names:
-            self.metrics.setdefault(name, mean_metric(device))
-        return {name: self.metrics[name].compute().item() for name in names}
+        parts = gathered({name: metric.device.type for name, metric in self.metrics.items()})
+        kinds = {name: kind for part in parts for name, kind in part.items()}
+        for name in kinds.keys() - self.metrics.keys():  # no batch was fed here: a kind alone means this process's device of it
+            self.metrics[name] = mean_metric(kinds[name])
+        return {name: self.metrics[name].compute().item() for name in sorted(kinds)}
 
 
 class Columns:

@@ -136,9 +136,9 @@ def from_efficientnet_lite(
     )
 
 
-def _keep_blocks(model: Any, count: int) -> None:
+def _keep_blocks(model: Any, count: Any) -> None:
     """Leave of an EfficientNet of timm its stem, its first blocks, and a fresh head on the mean over positions."""
-    if not 1 <= count <= len(model.blocks):
+    if not isinstance(count, int) or not 1 <= count <= len(model.blocks):
         raise BadInput(
             f"options.blocks is {count!r}; this EfficientNet has {len(model.blocks)}: expected 1 to {len(model.blocks)}"
         )
@@ -554,18 +554,24 @@ def _image_processor(name: str, trust_remote_code: bool) -> Any:
 
 
 def _seen_by(processor: Any) -> tuple[list[float] | None, list[float] | None, int | None]:
-    """Mean, std and size by which an image processor shows a picture: read off a black and a white one, whatever its keys are called."""
+    """Mean, std and size by which an image processor shows a picture: read off a black and a white one, whatever its keys are called. The
+    size is None where it is that of the picture."""
     if processor is None:
         return None, None, None
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")]
-    values = processor(images=pictures, return_tensors="pt")["pixel_values"].double()  # [2, C, H, W]
+
+    def shown(side: int) -> Tensor:
+        pictures = [Image.new("RGB", (side, side), colour) for colour in ("black", "white")]
+        return processor(images=pictures, return_tensors="pt")["pixel_values"].double()  # [2, C, H, W]
+
+    values = shown(64)
     height, width = values.shape[-2:]
+    size = _side((height, width)) if shown(96).shape == values.shape else None
     black, white = values[..., height // 2, width // 2]
     std = 1 / (white - black)
     mean = -black * std
     if torch.allclose(mean, torch.zeros_like(mean), atol=1e-6) and torch.allclose(std, torch.ones_like(std)):
-        return None, None, _side((height, width))
-    return mean.tolist(), std.tolist(), _side((height, width))
+        return None, None, size
+    return mean.tolist(), std.tolist(), size
 
 
 def _labels(config: Any) -> tuple[str, ...]:
@@ -612,7 +618,9 @@ def _write_transformers(view: Classifier, folder: Path, processor: Any) -> None:
     if "classes" in view.spec:
         model.config.num_labels = view.spec["classes"]
     if view.classes:
-        model.config.id2label = dict(enumerate(view.classes))
-        model.config.label2id = {name: index for index, name in enumerate(view.classes)}
+        unnamed = range(len(view.classes), model.config.num_labels)  # a configuration has as many outputs as names
+        names = [*view.classes, *(f"LABEL_{index}" for index in unnamed)]
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
     with quiet_bars():
         model.save_pretrained(folder)

@@ -58,10 +58,22 @@ def build(
     hidden: Sequence[int] = (64,),
     pixels: int = 64,
 ) -> Classifier:
-    """A freshly initialised ``cnn`` (widths, channels) or ``mlp`` (hidden, pixels)."""
+    """A freshly initialised ``cnn`` (widths, channels) or ``mlp`` (hidden, pixels). Raises `BadInput` for another name, and for what is no
+    number above 0."""
     if name not in NAMES:
         raise BadInput(f"there is no tiny classifier {name!r}: {nearest(name, NAMES)}")
+    for key, count in {"channels": channels, "pixels": pixels}.items():
+        if not whole(count):
+            raise BadInput(f"tiny {name!r}: options.{key} is {count!r}; expected a whole number above 0")
+    for key, counts in {"widths": widths, "hidden": hidden}.items():
+        if not isinstance(counts, list | tuple) or not all(map(whole, counts)):
+            raise BadInput(f"tiny {name!r}: options.{key} is {counts!r}; expected a list of whole numbers above 0, as [16, 32]")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Cnn(classes, widths, channels) if name == "cnn" else Mlp(classes, hidden, pixels)
     return Classifier(model, channels=channels if name == "cnn" else None)
+
+
+def whole(value: object) -> bool:
+    """Whether a size is a whole number above 0."""
+    return isinstance(value, int) and value > 0

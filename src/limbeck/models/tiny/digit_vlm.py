@@ -12,6 +12,7 @@ import torch
 
 from limbeck.errors import BadInput
 from limbeck.models.loading import ensure_torchvision
+from limbeck.models.tiny.classifiers import whole
 from limbeck.naming import nearest
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ def build(name: str, seed: int = 0, **sizes: int) -> tuple[LlavaForConditionalGe
     name: a key of `SIZES`; ``sizes`` override its entries. Both models have one vocabulary; a picture becomes
         (16 / patch_size)^2 tokens. The global random state is left as it was.
 
-    Raises `BadInput` for an unknown name or size, or where a size does not divide.
+    Raises `BadInput` for an unknown name or size, for a size that is no number above 0, or where one does not divide.
     """
     if name not in SIZES:
         raise BadInput(f"unknown tiny model {name!r}: {nearest(name, SIZES)}")
     for key in sizes.keys() - SIZES[name].keys():
         raise BadInput(f"{name} has no size {key!r}: {nearest(key, SIZES[name])}")
     size = SIZES[name] | sizes
+    for key, value in size.items():
+        if not whole(value):
+            raise BadInput(f"{name}: {key} is {value!r}; expected a whole number above 0")
     for key, divisor in (("vision_width", 2 * size["heads"]), ("text_width", 2 * size["heads"])):
         if size[key] % divisor:
             raise BadInput(f"{name}: {key}={size[key]} must be a multiple of {divisor} (heads={size['heads']}, even head width)")

@@ -12,5 +12,9 @@ class BadInput(LimbeckError, ValueError):
     """
 
 
+class StaleCache(BadInput):
+    """A teacher cache does not hold this recipe's answers, or not all of them."""
+
+
 class NonFiniteLoss(BadInput):
     """A loss term became NaN or infinite: the data or the learning rate is at fault. Names the step, the terms and the samples."""

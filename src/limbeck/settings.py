@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,22 +29,30 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path, inner = _located(model, first["loc"])
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}; {nearest(path[-1], _fields_at(model, path[:-1]))}"
+        return f"unknown key {dotted!r}; {nearest(path[-1], inner.model_fields)}"
     if first["type"] == "missing":
         return f"{dotted!r} is required"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {reason} (given {first['input']!r})" if dotted else reason
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The field names of the model nested at ``path``; numbers are list positions."""
-    for part in path:
-        if part.isdigit():
+def _located(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
+    """A fault's place as a user writes it, without the names that pydantic gives the members of a union, and the innermost model."""
+    path: list[str] = []
+    members: list[Any] = []
+    for part in loc:
+        if any(part == getattr(member, "__name__", None) for member in members):
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), model)
-    return list(model.model_fields)
+        path.append(str(part))
+        if isinstance(part, str):
+            members = _members(model.model_fields[part].annotation) if part in model.model_fields else []
+            model = next((item for item in members if isinstance(item, type) and issubclass(item, BaseModel)), model)
+    return path, model
+
+
+def _members(annotation: Any) -> list[Any]:
+    """A type and all that it is made of."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _members(part))]

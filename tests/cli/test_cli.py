@@ -77,7 +77,18 @@ def test_cache_and_a_run_from_it(limbeck, recipe_file, refused, tmp_path):
     refused(
         "run", recipe_file, *kd, "--cache", folder, "--method.temperature", 2, says="method.temperature is 1.0 in the cache, 2"
     )
-    refused("bench", recipe_file, *kd, "--cache", folder, "--seeds", 2, says="bench draws the training data anew for each seed")
+    refused(
+        "bench",
+        recipe_file,
+        *kd,
+        "--arms",
+        "[sft]",
+        "--cache",
+        folder,
+        "--seeds",
+        2,
+        says="bench draws the training data anew for each seed",
+    )
     refused(
         "bench",
         recipe_file,
@@ -199,6 +210,23 @@ def test_unknown_key_method_and_recipe(refused, recipe_file, recipe):
     refused("run", recipe_file, "--student.source", "tinny", says="tiny")
     refused("run", recipe_file, "--data.source", "digit-scene", says="digit-scenes")
     refused("run", recipe_file, "--data.scense", 3, says="scenes")
+
+
+def test_overrides_and_shapes_that_are_none(refused, recipe_file):
+    refused("run", recipe_file, "--method", "{name: compose", says="--method '{name: compose': not readable as YAML")
+    refused("run", recipe_file, "--train.seed", "-1", says="train.seed")
+    refused("run", recipe_file, "--cache", "{viewz: 2}", says="unknown key 'cache.viewz'; did you mean 'views'?")
+    refused("run", recipe_file, "--train.stages", "[{name: a, data: {limit: 50}}]", says="'source' is required")
+    refused("run", recipe_file, "--train.stages", "[{name: a, weights: {algn: 5}}]", says="did you mean 'align'?")
+    refused("run", recipe_file, "--dry-run", "--evaluate", "[nonsense]", says="unknown protocol 'nonsense'")
+    refused("taps", "tiny:cnn", "--shape", "a,b", says="--shape 'a,b' is no shape: give numbers, as in 1,3,64,64")
+
+
+def test_only_the_first_process_prints_what_was_measured(limbeck, monkeypatch):
+    monkeypatch.setattr("limbeck.engine.run.evaluate_run", lambda *_, **__: {"accuracy": 0.5})
+    assert json.loads(limbeck("evaluate", "run", "--json")[1]) == {"accuracy": 0.5}
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    assert limbeck("evaluate", "run", "--json")[:2] == (0, "")
 
 
 def test_unreadable_yaml(refused, tmp_path):

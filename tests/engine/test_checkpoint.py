@@ -78,6 +78,22 @@ def test_what_a_crash_left_half_written_is_not_a_checkpoint(three):
     assert not three.staging(40).exists()
 
 
+def test_a_folder_of_another_name_is_no_checkpoint(three):
+    kept = three.folder / "step-00000030.bak"
+    kept.mkdir()
+    assert [checkpoint.step for checkpoint in three.all()] == [10, 20, 30]
+    three.prune(keep=1, also=None)
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe\x00", b'{"state.json": 3}', b'{"state.json": {}}'])
+def test_a_manifest_that_is_none_falls_back_to_the_checkpoint_before(three, content):
+    (three.of_step(30).path / "manifest.json").write_bytes(content)
+    said = []
+    assert three.latest(said.append).step == 20
+    assert "manifest.json" in said[0]
+
+
 def test_tied_tensors_are_written_once_and_tied_again(tmp_path):
     weight = torch.randn(100, 100)
     tied = save_tensors({"a": weight, "b": weight, "part": weight[:3]}, tmp_path / "x.safetensors")

@@ -197,6 +197,50 @@ def test_compose_prints_what_it_taps_and_adapts(capsys: pytest.CaptureFixture[st
     assert "hint" in capsys.readouterr().out
 
 
+def digits(objectives: list[str], **given: Any) -> dict[str, Any]:
+    models = {"source": "tiny", "name": "mlp", "options": {"hidden": [8]}}
+    return {
+        "method": {"name": "compose", "objectives": objectives},
+        "student": models,
+        "teacher": models,
+        "data": {"source": "digits", "limit": 100, "val_fraction": 0.1, "test_fraction": 0.1},
+        "train": {"batch_size": 10, "stages": [{"name": "a", "epochs": 5}, {"name": "b", "epochs": 5}]},
+        **given,
+    }
+
+
+def teacher_flops(recipe: dict[str, Any]) -> list[float]:
+    return [stage["flops"]["teacher"] for stage in plan(recipe)["stages"]]
+
+
+def test_a_teacher_costs_only_what_it_is_asked() -> None:
+    often = plan(digits(["ce", "kd"]))["stages"]
+    each = often[0]["flops"]["teacher"] / often[0]["samples_seen"]
+    assert each > 0
+    assert teacher_flops(digits(["ce", "kd"], cache={"views": 2})) == [pytest.approx(each * 2 * often[0]["samples"]), 0.0]
+    assert teacher_flops(digits(["ce"])) == [0.0, 0.0]
+
+
+def test_a_language_teacher_that_is_asked_once_costs_and_weighs_so(recipe: dict[str, Any]) -> None:
+    recipe = {**recipe, "method": {"name": "kd"}, "evaluate": ["vqa-accuracy"]}
+    often, once = (plan(values)["stages"][0] for values in (recipe, {**recipe, "cache": {"views": 1}}))
+    assert once["flops"]["teacher"] * often["samples_seen"] == pytest.approx(often["flops"]["teacher"] * often["samples"])
+    assert often["memory"]["ddp"]["teacher"] > 0
+    assert once["memory"]["ddp"]["teacher"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--evaluate", "[nonsense]"], "evaluate: unknown protocol 'nonsense'"),
+        (["--data.path", "2024-01-01"], "unknown key 'path'"),
+    ],
+)
+def test_what_the_run_would_refuse_the_plan_refuses(overrides: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        plan(digits(["ce"]), overrides=overrides)
+
+
 # -- the formulas --------------------------------------------------------------------------------------------------------------------------
 
 

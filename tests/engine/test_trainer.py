@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import limbeck as lb
 from limbeck.engine.batches import StepSampler, derived_seed
-from limbeck.engine.config import TrainConfig
-from limbeck.engine.trainer import Trainer, schedule
-from limbeck.errors import BadInput
+from limbeck.engine.config import StageConfig, TrainConfig
+from limbeck.engine.trainer import Trainer, match_stages, schedule
+from limbeck.errors import BadInput, NonFiniteLoss
+from limbeck.methods.base import Stage
 
 
 class Net(nn.Module):
@@ -185,6 +188,21 @@ def test_precision_leaves_float32_weights(tmp_path, precision):
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run") if "loss" in row)
 
 
+def test_every_stage_has_the_precision_of_the_run(tmp_path):
+    found = []
+
+    class Watched(type(method())):
+        def forward(self, batch):
+            if self.training:
+                found.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(batch)
+
+    built = method()
+    built.__class__ = Watched
+    train(tmp_path / "run", built, precision="bf16", stages=[{"name": name, "steps": 2} for name in "abc"])
+    assert found == [True] * 6
+
+
 def test_terms_are_logged_raw_weighted_and_summed(tmp_path):
     torch.manual_seed(0)
     built = lb.compose(Net(16), Net(8), [lb.CE(weight=2.0), lb.KD(temperature=2.0, weight=0.25)])
@@ -295,3 +313,125 @@ def test_a_method_from_outside_needs_nothing_but_forward(tmp_path):
 def test_the_trainer_refuses_a_batch_that_processes_cannot_share(tmp_path):
     trainer = Trainer(method(), Points(), TrainConfig(batch_size=8), tmp_path)
     assert trainer.total_steps == 5
+
+
+# -- what the record and the checkpoints must not hide -----------------------------------------------------------------------------------
+
+
+class Few(Points):
+    """One of three has a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.y = self.labels = self.y.where(torch.arange(len(self.y)) % 3 == 0, -100)
+
+
+@pytest.mark.parametrize("objectives", [["ce", "kd"], [lb.CE(), lb.DKD(warmup_epochs=0)]])
+def test_unlabelled_samples_do_not_weigh_micro_batches(tmp_path, objectives):
+    def fit(name: str, **options) -> lb.Run:
+        torch.manual_seed(0)
+        teacher, student = (nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)) for width in (16, 8))
+        return lb.distill(
+            lb.compose(teacher, student, objectives), Few(), out=tmp_path / name, quiet=True, epochs=2, batch_size=8, **options
+        )
+
+    whole, split = fit("whole"), fit("split", micro_batch_size=2)
+    for name, value in state(whole).items():
+        torch.testing.assert_close(state(split)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_one_batch_on_one_process_is_not_counted(tmp_path):
+    built = method()
+    built.units = None  # not callable
+    train(tmp_path / "run", built)
+
+
+@pytest.mark.parametrize("values", [[math.nan, 0.1, 0.9, math.nan], [math.nan, 0.9, 0.1, 0.1]])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_metric_that_is_no_number_chooses_nothing(tmp_path, values, mode):
+    measured = iter([*values, 0.0])
+    train(tmp_path / "run", evaluate=lambda *_: {"accuracy": next(measured)}, evaluate_every=3, epochs=2, select={"mode": mode})
+    last = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    position = json.loads((last / "state.json").read_text())["position"]
+    assert position["best_value"] == (0.9 if mode == "max" else 0.1)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_a_checkpoint(tmp_path):
+    built = method()
+    own = built.forward
+
+    def forward(batch):
+        terms = own(batch)
+        if built.training and built.steps_done == 4:  # the root's slope at 0 is infinite, its value is not
+            terms["root"] = (built.student.head.weight * 0).pow(2).sum().sqrt()
+        return terms
+
+    built.forward = forward
+    with pytest.raises(NonFiniteLoss, match=r"step 5: the gradient's norm is nan .* the checkpoint of step 4 is intact"):
+        train(tmp_path / "run", built, checkpoint_every=1, evaluate_every=0)
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "method.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_the_loss_scale_outlives_a_stage_that_a_run_was_resumed_after(tmp_path, monkeypatch):
+    own = Trainer.__init__
+    scales = []
+
+    def scaled(self, *arguments, **options):
+        own(self, *arguments, **options)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+
+    monkeypatch.setattr(Trainer, "__init__", scaled)
+    built = method()
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    built.after_step = stop
+    stages = {"stages": [{"name": "a", "steps": 4}, {"name": "b", "steps": 2}], "evaluate_every": 0, "checkpoint_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", built, **stages)
+    restored = Trainer._restore_stage
+
+    def watched(self, checkpoint, *arguments):
+        restored(self, checkpoint, *arguments)
+        scales.append((self.accelerator.scaler.get_scale(), checkpoint.state()["scaler"]["scale"]))
+
+    monkeypatch.setattr(Trainer, "_restore_stage", watched)
+    train(tmp_path / "run", method(), **stages, resume=True)
+    [(now, written)] = scales
+    assert now == written != 2.0**20
+
+
+def test_a_diagnosis_of_a_stage_that_trains_adapters_alone_is_empty(tmp_path):
+    torch.manual_seed(0)
+    built = lb.compose(Net(16), Net(8), [lb.CE(), lb.Hint("body", "body")])
+    stages = [{"name": "adapters", "trainable": ["adapters.*"], "steps": 2}]
+    train(tmp_path / "run", built, stages=stages, diagnose_every=1, evaluate_every=0)
+    found = [row["gradient"] for row in rows(tmp_path / "run") if "gradient" in row]
+    assert found == [{"norm": {}, "share": {}, "cosine": {}}] * 2
+
+
+def test_a_weight_of_no_term_names_the_nearest(tmp_path):
+    with pytest.raises(BadInput, match="stage 'x': no term 'kdd' to weigh; did you mean 'kd'"):
+        train(tmp_path / "run", stages=[{"name": "x", "weights": {"kdd": 5.0}}])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_may_train_all_that_the_method_would_freeze():
+    own = [Stage("pretrain", ("student.projector.*",))]
+    for said, trainable in (({}, ("student.projector.*",)), ({"trainable": ("*",)}, ("*",))):
+        [(stage, _)] = match_stages(own, [StageConfig(name="pretrain", **said)])
+        assert stage.trainable == trainable
+
+
+def test_an_evaluation_does_not_count_as_training_time(tmp_path):
+    def slow(method, accelerator) -> dict[str, float]:
+        time.sleep(0.5)
+        return {"accuracy": 0.5}
+
+    train(tmp_path / "run", evaluate=slow, evaluate_every=2, log_every=1, steps=4)
+    rates = [row["samples_per_second"] for row in rows(tmp_path / "run") if "terms" in row]
+    assert rates[2] > 8 / 0.4  # the first after an evaluation

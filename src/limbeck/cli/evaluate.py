@@ -19,9 +19,13 @@ def command(
 
     Example: limbeck evaluate runs/first --split test --protocol teacher-agreement
     """
+    from accelerate import PartialState
+
     from limbeck.engine.run import evaluate_run
 
     metrics = evaluate_run(folder, split=split, names=protocol or None)
+    if not PartialState().is_main_process:
+        return
     if json:
         print_json(metrics)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from limbeck.cli.output import print_json, print_table
+from limbeck.errors import BadInput
 
 
 def command(
@@ -24,7 +25,10 @@ def command(
     """
     from limbeck.engine.describe import tap_points
 
-    points = tap_points(model, tuple(int(part) for part in shape.split(",")) if shape else None)
+    sizes = shape.split(",") if shape else []
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise BadInput(f"--shape {shape!r} is no shape: give numbers, as in 1,3,64,64")
+    points = tap_points(model, tuple(map(int, sizes)) or None)
     rows = [point for point in points if not depth or point["name"].count(".") < depth]
     if json:
         print_json(rows)

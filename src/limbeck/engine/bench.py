@@ -19,7 +19,7 @@ from torch import nn
 
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import PATH_KEYS, Arm, Recipe, load_recipe, shipped_recipes
-from limbeck.engine.run import environment, forwards, run, trained_student, with_answers
+from limbeck.engine.run import environment, forwards, run, trained_student, with_task
 from limbeck.engine.task import bare_module, build_task, open_cache, recipe_teacher
 from limbeck.errors import BadInput
 from limbeck.evaluate.cost import latencies
@@ -27,7 +27,7 @@ from limbeck.models.classifier import Classifier
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's.
+# Two-sided 95 % quantiles of Student's t by degrees of freedom 1..30; beyond, the normal's with the first term of what it lacks.
 T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -54,17 +54,22 @@ def bench(
     """
     if seeds < 1:
         raise BadInput(f"bench needs at least 1 seed, got {seeds}")
-    recipe = with_answers(load_recipe(source, overrides))
+    recipe = load_recipe(source, overrides)
     progress, folder = Progress(quiet=quiet), Path(out)
     arms = {recipe.method.name: recipe}
     for arm in recipe.arms:
+        if arm_name(arm) in arms:
+            raise BadInput(f"two arms are called {arm_name(arm)!r} (the method itself is one): give each a name of its own")
         arms[arm_name(arm)] = recipe.with_method(arm)
     for variant in arms.values():
-        open_cache(variant)  # what cannot train from it is refused before anything is trained
+        open_cache(variant)  # what cannot train from one is refused before a teacher is asked or anything is trained
     if recipe.cache is not None and recipe.draws_data:
         raise BadInput(
             "bench draws the training data anew for each seed, and a cache holds one draw: leave `cache` out, or give `data.seed`"
         )
+    if recipe.cache is not None:
+        arms = {name: with_task(variant)[0] for name, variant in arms.items()}
+        recipe = arms[recipe.method.name]
     check_same(folder, recipe)
     teacher = recipe_teacher(recipe)
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}
@@ -255,7 +260,7 @@ def paired(values: Sequence[float], controls: Sequence[float]) -> dict[str, floa
     if len(differences) < 2:
         return {"mean": mean, "low": None, "high": None}
     freedom = len(differences) - 1
-    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96
+    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.5 / freedom
     half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
     return {"mean": mean, "low": mean - half, "high": mean + half}
 

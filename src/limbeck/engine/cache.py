@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 import zlib
 from collections import defaultdict
@@ -33,15 +34,17 @@ from limbeck import __version__
 from limbeck.batch import Batch
 from limbeck.engine.batches import loaded, typical_batch, typical_samples, worker_count
 from limbeck.engine.checkpoint import sync, write_atomically
-from limbeck.engine.fingerprint import difference, identity, recorded
+from limbeck.engine.fingerprint import difference, recorded
 from limbeck.engine.pictures import check_alone
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import CacheSpec, Recipe, load_recipe
 from limbeck.engine.task import (
     Task,
+    answered,
     build_task,
     cache_folder,
     check_cacheable,
+    classes_of,
     classifies,
     data_specs,
     learns_from_teacher,
@@ -49,13 +52,14 @@ from limbeck.engine.task import (
 )
 from limbeck.engine.taught import drawn, matches, sample_ids, seal
 from limbeck.engine.trainer import PRECISION, forget_accelerator, place
-from limbeck.errors import BadInput
+from limbeck.errors import BadInput, StaleCache
 from limbeck.losses.top_k import TopK
 from limbeck.models.vlm import VLM
 from limbeck.teachers.cached import CachedTeacher, DenseLayout, Index, Layout, Rows, Shard, TopKLayout, read_index
 
 TOP_K = 64
 SHARD = 1024  # samples
+LOOKED_AT = 2  # samples of a shard, at least, that tell whether it is of this data
 SAMPLED = 64  # shards, at least, that the covered mass is read from
 BEGUN = ("lock", "vocabulary.json")  # what a writer may leave that is killed before it wrote the index
 
@@ -91,25 +95,34 @@ def cache(
 ) -> dict[str, Any]:
     """Run a recipe's teacher over every training sample and keep what its method learns from in the folder ``out``.
 
-    top_k: ids kept of a distribution, default 64. views: random draws of each sample; training shows view n mod ``views`` in epoch n.
+    top_k, views: ids kept of a distribution, and random draws of each sample; else the recipe's ``cache`` says them, else they are 64 and
+    1. Training shows view n mod ``views`` in epoch n.
     shard: samples of a file, default 1024: what a crash can lose. batch_size: samples that the teacher reads at once. A folder that
     holds a part of this cache is completed, with its own top_k, views and shard, beside any other process that does the same.
     Returns ``{"path", "samples", "views", "shards", "bytes", "seconds", "entries": {name: {"kind", "rows", "bytes", "bytes_a_row",
     "covered": {"mean", "p5", "min"}}}}``; "covered" (of top-k entries) is the probability mass of the kept ids.
     Raises `BadInput` for a method that cannot learn from a cache, and for a folder that holds anything else.
     """
-    started = time.perf_counter()
-    recipe = load_recipe(recipe, overrides).model_copy(update={"cache": None})
+    started, folder = time.perf_counter(), Path(out)
+    recipe = load_recipe(recipe, overrides)
+    if isinstance(recipe.cache, CacheSpec):
+        top_k, views = top_k or recipe.cache.top_k, views or recipe.cache.views
+    recipe = recipe.model_copy(update={"cache": None})
     check_cacheable(recipe)
     for name, given in (("--top-k", top_k), ("--views", views), ("--shard", shard), ("--batch-size", batch_size)):
         if given is not None and given < 1:
             raise BadInput(f"{name} is {given}; expected at least 1")
+    check_free(folder)
     task = build_task(recipe)
+    data = {stage: task.data[stage] for stage in taught_stages(recipe, task.method)}
+    ids = {stage: sample_ids(dataset) for stage, dataset in data.items()}
+    for dataset in data.values():
+        check_alone(dataset)
     forget_accelerator()
     accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision])
     progress = Progress(quiet=quiet or not accelerator.is_main_process)
     workers = worker_count(recipe.train.workers, accelerator.device)
-    task.method.eval()
+    place(task.method.eval(), accelerator.device, recipe.train)
     for teacher in task.method.teachers():
         place(teacher.module, accelerator.device, recipe.train)
 
@@ -117,16 +130,15 @@ def cache(
         with torch.no_grad(), accelerator.autocast():
             return task.method.record(send_to_device(batch, accelerator.device), top_k)
 
-    folder = Path(out)
-    data = {stage: task.data[stage] for stage in taught_stages(recipe, task.method)}
-    ids = {stage: sample_ids(dataset) for stage, dataset in data.items()}
     with Claims(folder) as claims:
         with claims.hold("index"):
             index = agree(folder, recipe, task, ask, top_k=top_k, views=views, shard=shard)
-        for dataset in data.values():
-            check_alone(dataset)
-            check_draws(dataset, index.views, progress.warn)
-        chunks = to_ask(CachedTeacher(folder), ids, index)
+        for stage, dataset in data.items():
+            check_draws(dataset, ids[stage], index.views, progress.warn)
+        kept = CachedTeacher(folder)
+        chunks = to_ask(kept, ids, index)
+        if any(chunk.missing for chunk in chunks):
+            check_kept(kept, data, ids)
         total = sum(len(chunk.indices) for chunk in chunks)
         known = total - sum(len(chunk.missing) for chunk in chunks)
         first = len(chunks) * accelerator.process_index // accelerator.num_processes
@@ -141,31 +153,39 @@ def cache(
                             continue
                         chunk = still_missing(folder, chunk, ids[chunk.stage])
                         if chunk.missing:
-                            write(chunk, ids[chunk.stage], loader(data[chunk.stage], chunk, task, batch_size, workers))
+                            names = ids[chunk.stage]
+                            write(chunk, names, loader(data[chunk.stage], chunk, names, task, batch_size, workers))
                     known += len(chunks[number].missing)
                     progress.advance(known, {}, known / (time.perf_counter() - started))
                     chunks[number] = replace(chunk, missing=())
     return summary(folder, started)
 
 
-def asked_once(recipe: Recipe) -> Recipe:
+def asked_once(recipe: Recipe, *, again: bool = False) -> Recipe:
     """A recipe whose ``cache`` says how to write one, with the folder of that cache in its place: written the first time it is asked for,
-    and kept by what the answers depend on. A method without a teacher needs none."""
+    and kept by what the answers depend on. again: that folder proved stale: complete it, or write it anew where it holds what a teacher
+    said of other things. A method without a teacher needs none."""
     if not isinstance(recipe.cache, CacheSpec):
         return recipe
     if not learns_from_teacher(recipe):
         return recipe.model_copy(update={"cache": None})
     from limbeck.engine.run import one_at_a_time, processes
 
-    spec = recipe.cache
     folder = cache_folder() / "answers" / f"{recipe.method.name}-{_known_by(recipe)}"
     done, state = folder.with_name(f"{folder.name}.done"), processes()
     with one_at_a_time(folder.with_name(f"{folder.name}.lock"), state):
-        [missing] = broadcast_object_list([not done.exists()])
+        [missing] = broadcast_object_list([again or not done.exists()])
         if missing:
             if state.is_main_process:
                 Progress().note(f"asking the teacher, once; its answers are kept in {folder}")
-            cache(recipe, out=folder, views=spec.views, top_k=spec.top_k)
+            try:
+                cache(recipe, out=folder)
+            except StaleCache:
+                state.wait_for_everyone()
+                if state.is_main_process:
+                    shutil.rmtree(folder)
+                state.wait_for_everyone()
+                cache(recipe, out=folder)
             state.wait_for_everyone()
             if state.is_main_process:
                 done.touch()
@@ -190,12 +210,20 @@ def _known_by(recipe: Recipe) -> str:
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def check_free(folder: Path) -> None:
+    """`BadInput` for a folder that holds anything but a cache."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file: choose another --out")
+    if not folder.exists() or (folder / "cache.json").exists():
+        return
+    if any(path.name not in BEGUN and not path.name.startswith(".") for path in folder.iterdir()):
+        raise BadInput(f"{folder} is not empty and holds no teacher cache: choose another --out")
+
+
 class Claims:
     """What this process has claimed among all that write into a folder."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise BadInput(f"{folder} is a file: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "lock").open("a")
 
@@ -222,7 +250,7 @@ class Claims:
 
 def agree(folder: Path, recipe: Recipe, task: Task, ask: Callable[[Batch, int], dict[str, Rows]], **given: int | None) -> Index:
     """The index of the folder: written by who comes first; who comes later must want the same."""
-    ours = identity(recipe, {stage: data_specs(recipe)[stage] for stage in taught_stages(recipe, task.method)})
+    ours = answered(recipe, task.method, classes_of(task))
     if (folder / "cache.json").exists():
         index = read_index(folder)
         differs = difference(index.identity, ours)
@@ -231,10 +259,8 @@ def agree(folder: Path, recipe: Recipe, task: Task, ask: Callable[[Batch, int], 
             asked = next((name for name, value in given.items() if value not in (None, kept[name])), None)
             differs = asked and f"its {asked} is {kept[asked]}, {given[asked]} is asked for"
         if differs:
-            raise BadInput(f"{folder} holds another cache: {differs}; choose another --out")
+            raise StaleCache(f"{folder} holds another cache: {differs}; choose another --out")
         return index
-    if any(path.name not in BEGUN and not path.name.startswith(".") for path in folder.iterdir()):
-        raise BadInput(f"{folder} is not empty and holds no teacher cache: choose another --out")
     wanted = {"top_k": TOP_K, "views": 1, "shard": SHARD} | {name: value for name, value in given.items() if value}
     stage = taught_stages(recipe, task.method)[0]
     said = ask(typical_batch(task.data[stage], task.collate), wanted["top_k"])
@@ -258,17 +284,32 @@ def layout_of(rows: Rows) -> Layout:
     return DenseLayout(dtype=dtype, shape=tuple(values.shape[1:]))
 
 
-def check_draws(dataset: Any, views: int, warn: Callable[[str], None]) -> None:
+def check_draws(dataset: Any, ids: Sequence[str], views: int, warn: Callable[[str], None]) -> None:
     """Whether a view of a sample can be drawn again, and whether one view is all that there is."""
     index = typical_samples(dataset)[0]
-    first, again, other = (drawn(dataset, view, index) for view in (0, 0, 1))
+    first, again, other = (drawn(dataset, view, index, ids[index]) for view in (0, 0, 1))
     if not matches(seal(dataset, index, first), dataset, index, again):
         raise BadInput(
-            f"sample {sample_ids(dataset)[index]!r} is not the same when it is drawn twice from one seed: student and teacher would "
+            f"sample {ids[index]!r} is not the same when it is drawn twice from one seed: student and teacher would "
             "not see one picture; draw its randomness from torch, numpy or random"
         )
     if views == 1 and not matches(seal(dataset, index, first), dataset, index, other):
         warn("the pictures are augmented at random and one view of each is kept: every epoch will show the same; see --views")
+
+
+def check_kept(teacher: CachedTeacher, data: Mapping[str, Any], ids: Mapping[str, Sequence[str]]) -> None:
+    """`StaleCache` where samples that are kept are shown otherwise now, by the looks of some: a mixture's other picture is drawn from all
+    that there are."""
+    for number, shard in enumerate(teacher.shards):
+        places = {name: index for index, name in enumerate(ids.get(shard.stage, ()))}
+        held = [(row, name) for row, name in enumerate(shard.ids) if name in places]
+        for row, name in held[:: max(1, len(held) // LOOKED_AT)]:
+            dataset, index = data[shard.stage], places[name]
+            item = drawn(dataset, shard.view, index, name)
+            if not matches(teacher.opened(number).seals[row], dataset, index, item):
+                raise StaleCache(
+                    f"{teacher.folder} was written of other data: sample {name!r} is not what the teacher was shown; choose another --out"
+                )
 
 
 def to_ask(teacher: CachedTeacher, ids: Mapping[str, Sequence[str]], index: Index) -> list[Chunk]:
@@ -294,15 +335,15 @@ def still_missing(folder: Path, chunk: Chunk, ids: Sequence[str]) -> Chunk:
 class _Drawn(Dataset[tuple[float, Any]]):
     """The missing samples of a chunk, each with its seal."""
 
-    def __init__(self, dataset: Any, chunk: Chunk) -> None:
-        self.dataset, self.chunk = dataset, chunk
+    def __init__(self, dataset: Any, chunk: Chunk, ids: Sequence[str]) -> None:
+        self.dataset, self.chunk, self.ids = dataset, chunk, ids
 
     def __len__(self) -> int:
         return len(self.chunk.missing)
 
     def __getitem__(self, position: int) -> tuple[float, Any]:
         index = self.chunk.missing[position]
-        item = drawn(self.dataset, self.chunk.view, index)
+        item = drawn(self.dataset, self.chunk.view, index, self.ids[index])
         return seal(self.dataset, index, item), item
 
 
@@ -310,10 +351,10 @@ def _with_seals(items: list[tuple[float, Any]], collate: Callable[[list[Any]], B
     return [sealed for sealed, _ in items], collate([item for _, item in items])
 
 
-def loader(dataset: Any, chunk: Chunk, task: Task, batch_size: int, workers: int) -> Iterator[Any]:
+def loader(dataset: Any, chunk: Chunk, ids: Sequence[str], task: Task, batch_size: int, workers: int) -> Iterator[Any]:
     """(seals, batch) of the missing samples of a chunk, in order."""
     collate = partial(_with_seals, collate=task.collate)
-    return loaded(DataLoader(_Drawn(dataset, chunk), batch_size, collate_fn=collate, num_workers=workers))
+    return loaded(DataLoader(_Drawn(dataset, chunk, ids), batch_size, collate_fn=collate, num_workers=workers))
 
 
 def write_shard(

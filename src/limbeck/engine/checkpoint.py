@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from limbeck.errors import BadInput
 
+NAME = re.compile(r"step-(\d+)")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -50,15 +52,18 @@ class Checkpoint:
         """Why this checkpoint cannot be used, or None."""
         try:
             manifest = json.loads((self.path / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError):
+            written = [(name, expected["bytes"], expected["blake2b"]) for name, expected in manifest.items()]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return "manifest.json is missing or unreadable"
-        for name, expected in manifest.items():
+        if "state.json" not in manifest:
+            return "manifest.json does not name state.json"
+        for name, size, sealed in written:
             file = self.path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-            if digest(file) != expected["blake2b"]:
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            if digest(file) != sealed:
                 return f"{name} does not match its digest"
         return None
 
@@ -71,9 +76,8 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Every checkpoint that was renamed into place, oldest first."""
-        return [
-            Checkpoint(path, int(path.name.removeprefix("step-"))) for path in sorted(self.folder.glob("step-*")) if path.is_dir()
-        ]
+        found = ((path, NAME.fullmatch(path.name)) for path in sorted(self.folder.glob("step-*")))
+        return [Checkpoint(path, int(name[1])) for path, name in found if name and path.is_dir()]
 
     def latest(self, warn: Any = None) -> Checkpoint | None:
         """The newest checkpoint that is whole; each newer one that is not is reported through ``warn(text)``."""

@@ -25,8 +25,14 @@ def compare(runs: Sequence[str | Path]) -> dict[str, Any]:
         folder = run_folder(run)
         if not (folder / "result.json").exists():
             raise BadInput(f"{folder} is not finished: continue it with `limbeck resume {folder}`")
-        result = json.loads((folder / "result.json").read_text())
-        found = {**brief(result["test"] or result["validation"]), **result.get("student", {}), "seconds": result["seconds"]}
+        try:
+            result = json.loads((folder / "result.json").read_text())
+            found = {**brief(result["test"] or result["validation"]), **result.get("student", {}), "seconds": result["seconds"]}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                f"{folder / 'result.json'} is not what a run writes ({type(error).__name__}: {error}): remove it and measure again with "
+                f"`limbeck resume {folder}`"
+            ) from error
         for name, value in found.items():
             metrics.setdefault(name, {})[str(run)] = value
         for key, value in flat(yaml.safe_load((folder / "recipe.yaml").read_text())):

@@ -9,17 +9,20 @@ from pydantic import Field, model_validator
 from limbeck.settings import Strict
 
 Positive = Annotated[int, Field(gt=0)]
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StageConfig(Strict):
     """A stage of the recipe: what differs from ``train`` and from the method's stage of that name."""
 
     name: str
-    trainable: tuple[str, ...] = ("*",)
-    weights: dict[str, float] = {}
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    trainable: tuple[str, ...] | None = None
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    epochs: Above | None = None
     steps: Positive | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Above | None = None
     batch_size: Positive | None = None
     data: dict[str, Any] | None = None
 
@@ -46,20 +49,20 @@ class TrainConfig(Strict):
     student, teachers and adapters keep their weights in that order, which many kernels are faster in.
     """
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Above = 1.0
     steps: Positive | None = None
     batch_size: Positive = 32
     micro_batch_size: Positive | None = None
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Above = 1e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: AtLeastZero = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    momentum: Share = 0.9
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    warmup: AtLeastZero = 0.03
+    clip: Above | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     workers: Annotated[int, Field(ge=0)] | None = None
     group_by_length: bool = False
     compile: Literal["none", "student", "teacher", "both"] = "none"

@@ -15,12 +15,14 @@ def shares(method: Method, batch: Batch) -> tuple[dict[str, Any], dict[str, str]
     """Measure the gradient of each weighted term on one batch, with respect to the student's trainable parameters.
 
     Returns {"norm": {term: L2 norm}, "share": {term: part of the summed norms}, "cosine": {"a,b": cosine}} and a
-    remark for a person on each term that does nothing.
+    remark for a person on each term that does nothing. Both are empty where nothing of the student trains.
     The random state and the method's buffers (BatchNorm's, memories) are left as they were, and no gradient is accumulated.
     """
-    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}
     parameters = [parameter for parameter in method.student.parameters() if parameter.requires_grad]
+    if not parameters:
+        return {"norm": {}, "share": {}, "cosine": {}}, {}
     devices = [parameters[0].device] if parameters[0].is_cuda else []
+    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         losses = method(batch)
     gradients = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from limbeck import __version__
 from limbeck.engine.checkpoint import digest
 from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe
 from limbeck.errors import BadInput
@@ -20,6 +22,7 @@ WHOLE = 2**28  # bytes up to which a file is digested whole
 PIECE = 4096  # bytes read at the beginning, the middle and the end of each tensor of a larger one
 NOT_ANSWERS = {
     *PATH_KEYS,
+    "cache",
     "max_broken",
     "max_length",
     "check",
@@ -35,14 +38,16 @@ def recorded(recipe: Recipe) -> Mapping[str, Any]:
     return method.recorded(vars(configure(method, recipe.method.hyper)))
 
 
-def identity(recipe: Recipe, specs: Mapping[str, DataSpec]) -> dict[str, Scalar]:
-    """Teacher, method and data by dotted name. Files are known by their content, not by where they lie: those of the teacher that are
-    not on this machine are left out. Samples are known by their ids and seals, so the data's paths are left out too."""
+def identity(recipe: Recipe, specs: Mapping[str, DataSpec], classes: Sequence[str] = ()) -> dict[str, Scalar]:
+    """Teacher, method, data and the names of its classes by dotted name. Files are known by their content, not by where they lie: those
+    of the teacher that are not on this machine are left out. Samples are known by their ids and seals: the data's paths are left out."""
     teacher = {} if recipe.teacher is None else _teacher(recipe.teacher)
     data = {
-        stage: {key: value for key, value in spec.model_dump().items() if key not in NOT_ANSWERS} for stage, spec in specs.items()
+        stage: {key: value for key, value in spec.model_dump(mode="json").items() if key not in NOT_ANSWERS}
+        for stage, spec in specs.items()
     }
-    return _flat({"teacher": teacher, "method": {"name": recipe.method.name, **recorded(recipe)}, "data": data})
+    named = {"classes": hashlib.blake2b("\n".join(classes).encode(), digest_size=16).hexdigest()} if classes else {}
+    return _flat({"teacher": teacher, "method": {"name": recipe.method.name, **recorded(recipe)}, "data": data, **named})
 
 
 def difference(written: Mapping[str, Scalar], ours: Mapping[str, Scalar]) -> str | None:
@@ -51,6 +56,8 @@ def difference(written: Mapping[str, Scalar], ours: Mapping[str, Scalar]) -> str
         there, here = written.get(name), ours.get(name)
         if there == here or (name.startswith("teacher.") and _unknown(name, written, ours)):
             continue
+        if name == "classes":
+            return "the data's classes are others, or in another order"
         if name.startswith("teacher.files.") or name in ("teacher.weights", "teacher.recipe"):
             which = name.removeprefix("teacher.").removeprefix("files.")
             return f"the content of the teacher's {which} differs"
@@ -71,7 +78,9 @@ def _teacher(spec: ModelSpec) -> dict[str, Any]:
     told = spec.model_dump(exclude={"name", "weights", "trust_remote_code"})
     if spec.source == "recipe":
         with suppress(BadInput):  # not on this machine
-            told["recipe"] = load_recipe(spec.name, [f"--{key}={value}" for key, value in spec.options.items()]).fingerprint
+            told["recipe"] = _anywhere(
+                load_recipe(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
+            )
     elif spec.source == "transformers" and (folder := _folder(spec.name)):
         told["files"] = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.suffix in READ}
     else:
@@ -79,6 +88,17 @@ def _teacher(spec: ModelSpec) -> dict[str, Any]:
     if spec.weights is None or Path(spec.weights).is_file():
         told["weights"] = spec.weights and _digest(Path(spec.weights))
     return told
+
+
+def _anywhere(recipe: Recipe) -> str:
+    """A digest of a recipe that is the same wherever its folder lies."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    for data in (values["data"], *(stage.get("data") or {} for stage in values.get("train", {}).get("stages", ()))):
+        for key in PATH_KEYS & data.keys():
+            del data[key]
+    if recipe.teacher is not None and recipe.teacher.source == "recipe":
+        values["teacher"]["name"] = _anywhere(load_recipe(recipe.teacher.name))
+    return hashlib.blake2b(json.dumps([__version__, values], sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _folder(name: str) -> Path | None:
@@ -121,7 +141,8 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, Scalar) else json.dumps(value)
+            plain = isinstance(value, Scalar) and not (isinstance(value, float) and not math.isfinite(value))
+            flat[f"{prefix}{key}"] = value if plain else json.dumps(value)
     return flat
 
 

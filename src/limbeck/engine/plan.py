@@ -31,6 +31,7 @@ from limbeck.engine.task import (
     check_fingerprint,
     classifies,
     data_specs,
+    learns_from_teacher,
     load_model,
     open_cache,
     pictures_task,
@@ -40,6 +41,7 @@ from limbeck.engine.task import (
 )
 from limbeck.engine.trainer import PlannedStage, choose_trainable, introduce, match_stages, stage_steps
 from limbeck.errors import BadInput
+from limbeck.evaluate import protocols
 from limbeck.evaluate.cost import flops as forward_flops
 from limbeck.methods.base import Method
 from limbeck.methods.objectives import unwrapped
@@ -90,6 +92,8 @@ def plan(
     resolved = load_recipe(recipe, rest)
     method_class: Any = find(resolved.method.name).load()
     hyper = vars(configure(method_class, resolved.method.hyper))
+    for name in resolved.evaluate:
+        protocols.find(name)
     specs = data_specs(resolved)
     pictures = Pictures.of(specs, beside=method_class.unlabelled_beside) if classifies(resolved) else None
     classes = None if pictures is None else pictures.classes
@@ -98,7 +102,7 @@ def plan(
     teacher = skeleton(resolved.teacher, classes) if resolved.teacher and cached is None else None
     method = method_class(student, (cached or teacher) if method_class.learns_from_teacher(hyper) else None, **hyper)
     if cached is not None:
-        check_fingerprint(resolved, method, cached)
+        check_fingerprint(resolved, method, cached, classes or ())
     if isinstance(method, VLMMethod):
         planned = _plan_vision_language(resolved, method, teacher, specs, assumed)
     else:
@@ -138,7 +142,7 @@ def skeleton(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM | nn.
     """The model of a spec, for its sizes: on the meta device where transformers builds a vision-language model; a recipe's student is not
     trained. classes: of the data."""
     if spec.source == "recipe":
-        recipe = load_recipe(spec.name, [f"--{key}={value}" for key, value in spec.options.items()])
+        recipe = load_recipe(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
         return skeleton(recipe.student, Pictures.of(data_specs(recipe)).classes if classifies(recipe) else None)
     if spec.source != "transformers" or kind_of(spec.model_dump(exclude_defaults=True)) == "classifier":
         return load_model(spec, seed=0, classes=classes)
@@ -161,7 +165,7 @@ def _plan_vision_language(
     views = views_of(method)
     sizes = {side: sizes_of(view) for side, view in views.items()}
     lengths, tokens, notes = _measure(recipe, method, teacher, specs, assumed)
-    stages = []
+    stages, asked = [], set[str]()
     for stage in _stages(recipe, method, lengths, assumed):
         frozen = choose_trainable(method, stage)
         trains = _trainable_parts(method)
@@ -177,7 +181,7 @@ def _plan_vision_language(
             recomputed_switch=recipe.method.hyper.get("checkpoint_switch", False),
         )
         per_sample = flops(sizes["student"], tokens["student"], work, sizes.get("teacher"), tokens.get("teacher"))
-        row = _stage_row(stage, trains, terms, lengths, per_sample, assumed)
+        row = _stage_row(stage, trains, terms, lengths, per_sample, assumed, _once(recipe, stage, lengths, per_sample, asked))
         row["tokens"] = round(row["samples_seen"] * tokens["student"].all)
         row["micro_batch_size"] = recipe.train.micro_batch_size or stage.batch_size // assumed.devices
         row["memory"] = _memory(recipe, row["micro_batch_size"], sizes, tokens, work, assumed)
@@ -302,7 +306,8 @@ def _checks(method: VLMMethod, views: Mapping[str, VLM]) -> list[dict[str, str]]
 
 
 def _plan_plain(recipe: Recipe, method: Method, teacher: nn.Module | None, task: Task, assumed: Assumptions) -> dict[str, Any]:
-    """Forwards are counted, not estimated: torch's FlopCounterMode on one sample; 3 forwards of the student, 1 of the teacher."""
+    """Forwards are counted, not estimated: torch's FlopCounterMode on one sample; 3 forwards of the student, 1 of a teacher that the
+    method learns from."""
     if (cached := open_cache(recipe)) is not None:
         task = taught_task(recipe, task, cached)
     dataset = next(iter(task.data.values()))
@@ -315,15 +320,17 @@ def _plan_plain(recipe: Recipe, method: Method, teacher: nn.Module | None, task:
     models = {"student": method.student, **({"teacher": teacher} if teacher is not None else {})}
     forward = {side: forward_flops(model, batch["pixel_values"][:1]) for side, model in models.items()}
     lengths = {stage: len(data) for stage, data in task.data.items()}
-    stages = []
+    taught = float(forward.get("teacher", 0)) if learns_from_teacher(recipe) else 0.0
+    stages, asked = [], set[str]()
     for stage in _stages(recipe, method, lengths, assumed):
         frozen = choose_trainable(method, stage)
         trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
         for parameter in frozen:
             parameter.requires_grad_(True)
-        per_sample = {"student": 3.0 * forward["student"], "teacher": float(forward.get("teacher", 0)), "switch": 0.0}
+        per_sample = {"student": 3.0 * forward["student"], "teacher": taught, "switch": 0.0}
         terms = {name: weight for name, weight in {**method.weights, **stage.weights}.items() if weight}
-        stages.append(_stage_row(stage, {"method": trained}, terms, lengths, per_sample, assumed))
+        once = _once(recipe, stage, lengths, per_sample, asked)
+        stages.append(_stage_row(stage, {"method": trained}, terms, lengths, per_sample, assumed, once))
     return {
         "method": recipe.method.name,
         "assumptions": dataclasses.asdict(assumed),
@@ -370,6 +377,21 @@ def _stages(recipe: Recipe, method: Method, lengths: Mapping[str, int | None], a
         yield PlannedStage(stage.name, stage.trainable, stage.weights, None, batch, micro, steps, given.lr or config.lr, 0)
 
 
+def _once(
+    recipe: Recipe, stage: PlannedStage, lengths: Mapping[str, int | None], per_sample: Mapping[str, float], asked: set[str]
+) -> int | None:
+    """For how many samples a stage asks a teacher that a cache asks once: by the first stage that learns from it on that data. None: at
+    every step. asked: the data of earlier stages."""
+    data = stage.name if stage.name in lengths else "train"
+    samples = lengths[data]
+    if not isinstance(recipe.cache, CacheSpec) or samples is None or not per_sample["teacher"]:
+        return None
+    if data in asked:
+        return 0
+    asked.add(data)
+    return samples * recipe.cache.views
+
+
 def _stage_row(
     stage: PlannedStage,
     trains: Mapping[str, int],
@@ -377,9 +399,12 @@ def _stage_row(
     lengths: Mapping[str, int | None],
     per_sample: Mapping[str, float],
     assumed: Assumptions,
+    asked: int | None,
 ) -> dict[str, Any]:
     samples, seen = lengths.get(stage.name, lengths["train"]), stage.batch_size * stage.steps
     total = {route: cost * seen for route, cost in per_sample.items()}
+    if asked is not None:
+        total["teacher"] = per_sample["teacher"] * asked
     return {
         "name": stage.name,
         "trains": dict(trains),
@@ -399,11 +424,12 @@ def _memory(
     recipe: Recipe, micro: int, sizes: Mapping[str, Sizes], tokens: Mapping[str, Tokens], work: Work, assumed: Assumptions
 ) -> dict[str, dict[str, float]]:
     config, rows = recipe.train, {}
+    teacher = None if isinstance(recipe.cache, CacheSpec) else sizes.get("teacher")
     for launch, sharded in (("ddp", False), ("fsdp2", True)):
         held = memory(
             sizes["student"], tokens["student"], work, micro=micro, devices=assumed.devices, sharded=sharded,
             mixed=config.precision != "fp32", states=2 if config.optimizer == "adamw" else 1, averaged=config.ema is not None,
-            teacher=sizes.get("teacher"), teacher_tokens=tokens.get("teacher"),
+            teacher=teacher, teacher_tokens=tokens.get("teacher"),
         )  # fmt: skip
         rows[launch] = {**held, "total": sum(held.values())}
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,6 +122,15 @@ class Recipe(Strict):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
+class Loader(yaml.SafeLoader):
+    """What looks like a date is text: a folder may be named so, and JSON knows no dates."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe before anything is loaded.
 
@@ -181,7 +191,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise BadInput(f"--{key} needs a value, as in --train.lr 3e-4")
             text = rest.pop(0)
-        pairs.append((key, yaml.safe_load(text)))
+        try:
+            pairs.append((key, yaml.load(text, Loader)))
+        except yaml.YAMLError as error:
+            raise BadInput(f"--{key} {text!r}: not readable as YAML: {getattr(error, 'problem', None) or error}") from error
     return pairs
 
 
@@ -196,7 +209,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -209,6 +222,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+SAVED = ("config.json", "limbeck.json", "model.safetensors")
+"""Files of which a folder that holds a model has one."""
 PATH_KEYS = {"path", "images", "val_path", "test_path", "answers"}
 DRAWN = {"shots", "labelled_fraction", "limit", "imbalance"}
 """Keys of image data that draw a part of the training split, by ``seed``."""
@@ -217,11 +232,14 @@ DRAWN = {"shots", "labelled_fraction", "limit", "imbalance"}
 def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Paths of ``data`` and local model folders, made absolute against the recipe's folder."""
 
+    def placed(path: str) -> str:
+        return str((folder / os.path.expanduser(path)).resolve())
+
     def data(spec: Any) -> Any:
         if not isinstance(spec, Mapping):
             return spec
         return {
-            key: str((folder / value).resolve()) if key in PATH_KEYS and isinstance(value, str) and _local(spec, key) else value
+            key: placed(value) if key in PATH_KEYS and isinstance(value, str) and _local(spec, key) else value
             for key, value in spec.items()
         }
 
@@ -229,18 +247,17 @@ def _absolute(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             return spec
         if isinstance(spec.get("weights"), str):
-            spec = {**spec, "weights": str((folder / spec["weights"]).resolve())}
-        here = folder / spec["name"]
-        if spec.get("source") == "recipe" or (spec.get("source") != "python" and here.is_dir()):
-            return {**spec, "name": str(here.resolve())}
-        return spec
+            spec = {**spec, "weights": placed(spec["weights"])}
+        here = placed(spec["name"])
+        saved = any(Path(here, file).is_file() for file in SAVED)
+        return {**spec, "name": here} if spec.get("source") == "recipe" or (spec.get("source") != "python" and saved) else spec
 
     changed = dict(values)
     for key, change in (("data", data), ("student", model), ("teacher", model)):
         if key in changed:
             changed[key] = change(changed[key])
     if isinstance(changed.get("cache"), str):
-        changed["cache"] = str((folder / changed["cache"]).resolve())
+        changed["cache"] = placed(changed["cache"])
     if isinstance(changed.get("train"), Mapping) and isinstance(changed["train"].get("stages"), list):
         stages = [
             {**s, "data": data(s["data"])} if isinstance(s, dict) and s.get("data") else s for s in changed["train"]["stages"]

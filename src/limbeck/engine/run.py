@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_model
+from safetensors.torch import load_model as load_model_file
 from torch import nn
 
 from limbeck import __version__
 from limbeck.batch import Batch, teacher_side
 from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, evaluation_loader, typical_batch
-from limbeck.engine.checkpoint import write_atomically
+from limbeck.engine.checkpoint import save_tensors, write_atomically
 from limbeck.engine.config import TrainConfig
 from limbeck.engine.progress import Progress
-from limbeck.engine.recipe import Recipe, load_recipe
-from limbeck.engine.task import Task, bare_module, build_task, cache_folder, load_model, validator
+from limbeck.engine.recipe import CacheSpec, Recipe, load_recipe
+from limbeck.engine.task import Task, bare_module, build_task, cache_folder, load_model, open_cache, validator
 from limbeck.engine.trainer import PRECISION, Evaluate, Trainer, forget_accelerator, introduce
-from limbeck.errors import BadInput
+from limbeck.errors import BadInput, StaleCache
 from limbeck.evaluate import protocols
 from limbeck.evaluate.cost import first_token, flops, latencies, parameters, size_bytes
 from limbeck.evaluate.probe import ProbeResult, probe
@@ -42,6 +46,7 @@ from limbeck.models.vision import load_classifier
 from limbeck.models.vlm import VLM
 from limbeck.settings import validated
 
+CLAIM = ".claim"  # in a run's folder, while it is set up
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "pydantic", "datasets", "scikit-learn")
 
 
@@ -75,26 +80,35 @@ def run(
     """Train what a recipe describes into the folder ``out`` (default ``runs/<method>-<time>``).
 
     recipe: a file, the name of a shipped recipe, a mapping or a `Recipe`. overrides: ``["--train.lr", "3e-4"]``. teacher: one already
-    loaded, in place of the recipe's. Raises `BadInput` before anything is written where the recipe, the models or the data do not fit.
+    loaded, in place of the recipe's. A cache of answers that the recipe asks for by itself is completed or written anew where it no
+    longer fits. Raises `BadInput` before anything is written where the recipe, the models or the data do not fit.
     """
     recipe = load_recipe(recipe, overrides)
-    processes()
-    [stamp] = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])  # clocks differ between machines
-    folder = Path(out or f"runs/{recipe.method.name}-{stamp}")
-    claim(folder)
-    recipe = with_answers(recipe)
-    task = build_task(recipe, teacher)
-    trainer = task_trainer(task, recipe, folder, quiet=quiet)
-    if trainer.accelerator.is_main_process:
-        write_head(folder, recipe, task)
+    if teacher is not None and isinstance(recipe.cache, CacheSpec):
+        raise BadInput("`cache` asks the recipe's teacher, and another one is given: leave `cache` out")
+    with claimed(Path(out) if out else None, recipe.method.name) as folder:
+        recipe, task = with_task(recipe, teacher)
+        trainer = task_trainer(task, recipe, folder, quiet=quiet)
+        if trainer.accelerator.is_main_process:
+            write_head(folder, recipe, task)
+        trainer.accelerator.wait_for_everyone()
     return finish(trainer, task, resume=False)
 
 
-def with_answers(recipe: Recipe) -> Recipe:
-    """The recipe with the folder of its teacher's answers, where it asks for them to be written."""
+def with_task(recipe: Recipe, teacher: VLM | nn.Module | None = None) -> tuple[Recipe, Task]:
+    """The recipe with the folder of its teacher's answers, where it asks for them to be written, and its task."""
     from limbeck.engine.cache import asked_once
 
-    return asked_once(recipe)
+    if isinstance(recipe.cache, CacheSpec):
+        open_cache(recipe)  # what cannot train from one is refused before the teacher is asked
+    answered = asked_once(recipe)
+    try:
+        return answered, build_task(answered, teacher)
+    except StaleCache:
+        if answered is recipe:
+            raise
+    answered = asked_once(recipe, again=True)
+    return answered, build_task(answered, teacher)
 
 
 def resume(folder: str | Path, *, quiet: bool = False) -> Run:
@@ -148,7 +162,7 @@ def reopen(folder: str | Path, *, teacher: bool = True) -> tuple[Task, Accelerat
         recipe = recipe.model_copy(update={"cache": None})
     adapters = load_file(folder / "adapters.safetensors") if (folder / "adapters.safetensors").exists() else {}
     trained_apart = any(name.startswith("student.") for name in adapters)
-    task = build_task(recipe, student=None if trained_apart else trained_student(folder, recipe))
+    task = build_task(recipe, student=None if trained_apart else trained_student(folder, recipe), taught=bool(adapters))
     if adapters:
         introduce(task.method, next(iter(task.data.values())))
         with torch.no_grad():
@@ -169,7 +183,7 @@ def trained_student(folder: Path, recipe: Recipe) -> VLM | nn.Module:
     if (folder / "student" / "config.json").exists():
         return load_vlm("transformers", str(folder / "student"), dtype="float32")
     student = load_model(recipe.student, recipe.train.seed)
-    bare_module(student).load_state_dict(load_file(folder / "student" / "model.safetensors"))
+    load_model_file(bare_module(student), folder / "student" / "model.safetensors")
     return student
 
 
@@ -207,7 +221,8 @@ def distill(
     config = validated(TrainConfig, {"lr": lr, **train}, "distill")
     folder = Path(out)
     if not resume:
-        claim(folder)
+        check_unused(folder)
+        processes().wait_for_everyone()
 
     def accuracy(method: Method, accelerator: Accelerator) -> dict[str, float]:
         loader = evaluation_loader(
@@ -233,16 +248,17 @@ def finish(trainer: Trainer, task: Task, *, resume: bool) -> Run:
     started = time.perf_counter()
     validation = trainer.fit(resume=resume)
     seconds = time.perf_counter() - started
+    if trainer.accelerator.is_main_process:
+        save_student(task.method, trainer.out)  # whatever becomes of measuring it
     test = trainer.measured(partial(task.measure, split="test")) if "test" in task.held_out else {}
     measured, chance = test or validation, task.commonest_answer("test" if test else "val")
-    if measured.get("teacher_accuracy", 1.0) <= chance:
+    if measured.get("teacher_accuracy", math.inf) <= chance:
         trainer.progress.warn(
             f"the teacher is at chance: it is right on {measured['teacher_accuracy']:.1%} of the answers, always giving the commonest "
             f"one is right on {chance:.1%}; are its weights, its prompt and its pictures what it was trained on?"
         )
     folder = trainer.out
     if trainer.accelerator.is_main_process:
-        save_student(task.method, folder)
         result = {"validation": validation, "test": test, "seconds": seconds, "steps": trainer.total_steps, **costs(task)}
         write_atomically(folder / "result.json", json.dumps(result, indent=1))
     trainer.accelerator.wait_for_everyone()
@@ -284,15 +300,55 @@ def forwards(task: Task, models: Mapping[str, VLM | Classifier]) -> dict[str, pa
     return {name: forward(name, model) for name, model in models.items()}
 
 
-def claim(folder: Path) -> None:
-    """Refuse a folder that holds another run (or anything else)."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+@contextmanager
+def claimed(folder: Path | None, method: str) -> Iterator[Path]:
+    """Hold a run's folder until its recipe is in it. None: a new one, ``runs/<method>-<time>``. Refuses one that holds another run (or
+    anything else), or in which another is being set up; what is left empty goes."""
+    state = processes()
+    made = folder is None or not folder.exists()
+    if folder is None:
+        [folder] = broadcast_object_list([_new_folder(method) if state.is_main_process else None])
+    check_unused(folder)
+    state.wait_for_everyone()
+    with ExitStack() as held:
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            if made:
+                held.callback(_remove_empty, folder)
+            mark = folder / CLAIM
+            file = held.enter_context(mark.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"another run is just being set up in {folder}: choose another --out") from None
+            held.callback(mark.unlink, missing_ok=True)
+            check_unused(folder)
+        yield folder
+
+
+def _new_folder(method: str) -> Path:
+    name = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        with suppress(FileExistsError):
+            folder = Path(f"{name}-{number}" if number > 1 else name)
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def check_unused(folder: Path) -> None:
+    """`BadInput` for a folder that holds another run, or anything else."""
+    if folder.exists() and (not folder.is_dir() or any(path.name != CLAIM for path in folder.iterdir())):
         if (folder / "result.json").exists():
             raise BadInput(f"{folder} holds another run, which is finished: choose another --out")
         if (folder / "recipe.yaml").exists():
             raise BadInput(f"{folder} holds another run: choose another --out, or continue it with `limbeck resume {folder}`")
         raise BadInput(f"{folder} is not empty: choose another --out")
-    processes().wait_for_everyone()
 
 
 def processes() -> PartialState:
@@ -336,9 +392,9 @@ def save_student(method: Method, folder: Path) -> None:
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(staged, folder / "student")
     kept = "student." if student is method.student else "nothing"  # a method that ships something else than it trains keeps both
-    adapters = {name: tensor.contiguous() for name, tensor in method.state_dict().items() if not name.startswith(kept)}
+    adapters = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(kept)}
     if adapters:
-        save_file(adapters, folder / "adapters.safetensors")
+        save_tensors(adapters, folder / "adapters.safetensors")
 
 
 def environment() -> dict[str, Any]:
@@ -386,8 +442,6 @@ def trained_once(source: str, overrides: Sequence[str] = ()) -> VLM | nn.Module:
 @contextmanager
 def one_at_a_time(lock: Path, state: PartialState) -> Any:
     """Hold a lock file among the programs of this machine; the processes of one program hold it together."""
-    import fcntl
-
     with ExitStack() as held:
         if state.is_main_process:
             lock.parent.mkdir(parents=True, exist_ok=True)

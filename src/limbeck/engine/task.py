@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from limbeck.batch import Batch
@@ -21,14 +22,14 @@ from limbeck.data.embedded.digit_scenes import Split
 from limbeck.data.images import IMAGE_SOURCES
 from limbeck.data.loading import SOURCES, load_data
 from limbeck.data.vlm import VQACollator, VQADataset
-from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, evaluation_loader
+from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, derived_seed, evaluation_loader
 from limbeck.engine.checkpoint import load_weights
-from limbeck.engine.fingerprint import difference, identity
+from limbeck.engine.fingerprint import difference, identity, recorded
 from limbeck.engine.pictures import Pictures
 from limbeck.engine.recipe import CacheSpec, DataSpec, ModelSpec, Recipe
 from limbeck.engine.taught import TaughtCollate, TaughtDataset
 from limbeck.engine.trainer import Trainer, match_stages
-from limbeck.errors import BadInput
+from limbeck.errors import BadInput, StaleCache
 from limbeck.evaluate import protocols
 from limbeck.methods.base import Method
 from limbeck.methods.registry import configure, find
@@ -36,7 +37,8 @@ from limbeck.models.classifier import Classifier
 from limbeck.models.loading import imported, kind_of, load
 from limbeck.models.vlm import VLM
 from limbeck.naming import nearest
-from limbeck.teachers.cached import CachedTeacher
+from limbeck.settings import validated
+from limbeck.teachers.cached import CachedTeacher, Scalar
 from limbeck.teachers.frozen import FrozenTeacher
 
 
@@ -75,18 +77,17 @@ class Task:
         return (send_to_device(batch, device) for batch in evaluation_loader(dataset, self.collate, EVALUATION_BATCH))
 
     def rehearse(self, trainer: Trainer) -> None:
-        """Bring the teacher to the device, and run every protocol on two held-out samples, so that what cannot be measured is refused
-        before training and not at the first validation."""
+        """Bring the teacher to the device, and run every protocol on a few held-out samples (`few`), so that what cannot be measured is
+        refused before training and not at the first validation."""
         if self.teacher is not None:
             bare_module(self.teacher).to(trainer.accelerator.device)
         if "val" not in self.held_out:
             return
-        samples = self.held_out["val"]
-        batch = self.collate([samples[index] for index in range(min(2, len(samples)))])
-        some = Subset(self.reference, range(min(EVALUATION_BATCH, len(self.reference)))) if self.reference is not None else None
+        samples = Subset(self.held_out["val"], few(self.held_out["val"]))
+        some = None if self.reference is None else Subset(self.reference, labelled_first(self.reference)[:EVALUATION_BATCH])
         measured = trainer.measured(
             lambda method, accelerator: protocols.evaluate(
-                self.protocols, [batch], method, self.teacher, device=accelerator.device,
+                self.protocols, self.shown(samples, accelerator.device), method, self.teacher, device=accelerator.device,
                 reference=self.referring(some, accelerator.device),
             )
         )  # fmt: skip
@@ -97,8 +98,9 @@ class Task:
     def commonest_answer(self, split: str) -> float:
         """The share of the commonest answer, or class, among a split's: what a model without eyes reaches. 0 where there are none."""
         labels = getattr(self.held_out.get(split), "labels", None)
-        if labels is not None and (labels >= 0).any():
-            return float(labels[labels >= 0].bincount().max() / (labels >= 0).sum())
+        known = torch.as_tensor([] if labels is None else labels)
+        if len(known := known[known >= 0]):
+            return float(known.bincount().max() / len(known))
         answers = Counter(turns[-1][1] for record in getattr(self.held_out.get(split), "records", ()) if (turns := record.turns))
         return max(answers.values()) / answers.total() if answers else 0.0
 
@@ -109,10 +111,13 @@ class Task:
         return evaluation_loader(self.held_out[split], self.collate, device_batch)
 
 
-def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: VLM | nn.Module | None = None) -> Task:
+def build_task(
+    recipe: Recipe, teacher: VLM | nn.Module | None = None, student: VLM | nn.Module | None = None, *, taught: bool = True
+) -> Task:
     """Load the models and the data of a recipe and check that they fit. Raises `BadInput` before anything is written.
 
-    teacher, student: already loaded ones; else the recipe's are loaded. The student is drawn from the recipe's seed.
+    teacher, student: already loaded ones; else the recipe's are loaded. The student is drawn from the recipe's seed. taught: whether the
+    training data holds a cache's answers, where the recipe trains from one.
     """
     method_class: Any = find(recipe.method.name).load()
     hyper = vars(configure(method_class, recipe.method.hyper))
@@ -123,11 +128,12 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
     specs = data_specs(recipe)
     pictures = Pictures.of(specs, beside=method_class.unlabelled_beside) if classifies(recipe) else None
     classes = None if pictures is None else pictures.classes
-    student = student or load_model(trainable(recipe.student), recipe.train.seed, classes)
+    student = student or load_student(recipe.student, recipe.train.seed, classes)
     if teacher is None and recipe.teacher is not None and recipe.cache is None:
         teacher = load_teacher(recipe.teacher, classes)
     if teacher is not None:
         FrozenTeacher(bare_module(teacher))  # also for a method that only measures against it
+    torch.manual_seed(derived_seed(recipe.train.seed, 1))  # however the models were come by; other numbers than the student's
     method = method_class(student, (cached or teacher) if method_class.learns_from_teacher(hyper) else None, **hyper)
     if isinstance(student, VLM):
         task = vision_language_task(recipe, method, student, teacher, specs)
@@ -135,7 +141,7 @@ def build_task(recipe: Recipe, teacher: VLM | nn.Module | None = None, student: 
         task = pictures_task(recipe, method, teacher, pictures)
     else:
         task = plain_task(recipe, method, teacher if isinstance(teacher, nn.Module) else None, specs)
-    return task if cached is None else taught_task(recipe, task, cached)
+    return taught_task(recipe, task, cached) if cached is not None and taught else task
 
 
 def classifies(recipe: Recipe) -> bool:
@@ -147,7 +153,14 @@ def classifies(recipe: Recipe) -> bool:
 
 def data_specs(recipe: Recipe) -> dict[str, DataSpec]:
     """The training data by stage; "train" is that of every stage without its own."""
-    return {"train": recipe.data, **{stage.name: DataSpec(**stage.data) for stage in recipe.train.stages if stage.data}}
+    specs = {"train": recipe.data}
+    for stage in recipe.train.stages:
+        if not stage.data:
+            continue
+        if stage.name == "train":
+            raise BadInput("train.stages: 'train' is what the data of all stages is called: name this stage otherwise")
+        specs[stage.name] = validated(DataSpec, stage.data, f"stage {stage.name!r}: its data is a whole `data`")
+    return specs
 
 
 def taught_stages(recipe: Recipe, method: Method) -> list[str]:
@@ -160,10 +173,11 @@ def taught_stages(recipe: Recipe, method: Method) -> list[str]:
 def check_cacheable(recipe: Recipe) -> None:
     """`BadInput` where a recipe's method does not learn from a cache."""
     method_class = find(recipe.method.name).load()
-    if not method_class.needs_teacher:
+    if not learns_from_teacher(recipe):
         raise BadInput(f"method {method_class.name!r} learns from no teacher: there is nothing to cache")
     if method_class.record is Method.record:
         raise BadInput(f"method {method_class.name!r} cannot learn from a cache: {method_class.uncached}; `kd` and `compose` can")
+    recorded(recipe)
 
 
 def open_cache(recipe: Recipe) -> CachedTeacher | None:
@@ -188,22 +202,31 @@ def learns_from_teacher(recipe: Recipe) -> bool:
     return method_class.learns_from_teacher(vars(configure(method_class, recipe.method.hyper)))
 
 
-def check_fingerprint(recipe: Recipe, method: Method, cached: CachedTeacher) -> None:
-    """`BadInput` that names the first thing in which the cache is not this recipe's."""
+def answered(recipe: Recipe, method: Method, classes: Sequence[str]) -> dict[str, Scalar]:
+    """What the answers to a recipe are known by. classes: of its data."""
     specs = data_specs(recipe)
-    ours = identity(recipe, {stage: specs[stage] for stage in taught_stages(recipe, method)})
-    differs = difference(cached.index.identity, ours)
+    return identity(recipe, {stage: specs[stage] for stage in taught_stages(recipe, method)}, classes)
+
+
+def check_fingerprint(recipe: Recipe, method: Method, cached: CachedTeacher, classes: Sequence[str]) -> None:
+    """`StaleCache` that names the first thing in which the cache is not this recipe's."""
+    differs = difference(cached.index.identity, answered(recipe, method, classes))
     if differs:
-        raise BadInput(
+        raise StaleCache(
             f"{cached.folder} is not the cache of this recipe: {differs}; write another with `limbeck cache RECIPE --out FOLDER`"
         )
 
 
 def taught_task(recipe: Recipe, task: Task, cached: CachedTeacher) -> Task:
     """The task with what the cached teacher said beside every training sample."""
-    check_fingerprint(recipe, task.method, cached)
+    check_fingerprint(recipe, task.method, cached, classes_of(task))
     data = {stage: TaughtDataset(task.data[stage], cached, stage) for stage in taught_stages(recipe, task.method)}
     return replace(task, data=data, collate=TaughtCollate(task.collate, cached))
+
+
+def classes_of(task: Task) -> tuple[str, ...]:
+    """The names of the classes of a task's data; none where it has none."""
+    return tuple(getattr(next(iter(task.data.values())), "classes", ()))
 
 
 def vision_language_task(
@@ -249,12 +272,15 @@ def pictures_task(recipe: Recipe, method: Method, teacher: VLM | nn.Module | Non
         raise BadInput(
             f"method {method.name!r} learns from whole pictures, and data.augment mixes two (mixup, cutmix); `compose` can"
         )
-    known = getattr(teacher, "classes", ())
-    if known and known != pictures.classes and sorted(known) == sorted(pictures.classes):
+    known = teacher.classes if isinstance(teacher, Classifier) else ()
+    if moved(known, pictures.classes):
+        same = sorted(known) == sorted(pictures.classes)
+        mend = "list the teacher's order in data.classes" if same else "take a teacher of the data's own classes"
         raise BadInput(
-            f"teacher and data name the same classes in another order: the teacher's first are {', '.join(known[:3])}, the data's "
-            f"{', '.join(pictures.classes[:3])}; list the teacher's order in data.classes"
+            f"teacher and data name {'the same' if same else 'some of the same'} classes in another order: "
+            f"{moved(known, pictures.classes)}; {mend}"
         )
+    check_student(recipe.student, pictures.classes)
     names = recipe.evaluate if "evaluate" in recipe.model_fields_set else protocols.default_for(method)
     return Task(
         method,
@@ -281,6 +307,63 @@ def plain_task(recipe: Recipe, method: Method, teacher: nn.Module | None, specs:
     held_out = {split: found for split in ("val", "test") if (found := dataset(recipe.data, split)) is not None}
     names = ("classification",) if recipe.evaluate == Recipe.model_fields["evaluate"].default else recipe.evaluate
     return Task(method, teacher, data, held_out, collate_pairs, names)
+
+
+def load_student(spec: ModelSpec, seed: int, classes: Sequence[str] | None = None) -> VLM | nn.Module:
+    """The student of a spec, to be trained. classes: of the data, whose places it learns: a spec that names none takes their names,
+    whatever a checkpoint named its outputs."""
+    student = load_model(trainable(spec), seed, classes)
+    if classes and isinstance(student, Classifier) and not isinstance(spec.classes, tuple):
+        student.classes = tuple(classes)
+    return student
+
+
+def check_student(spec: ModelSpec, classes: Sequence[str]) -> None:
+    """`BadInput` where what a student's spec says of its classes contradicts the data's, whose places it learns."""
+    given = spec.classes
+    if given is None or not classes:
+        return
+    if isinstance(given, int):
+        if given < len(classes):
+            raise BadInput(
+                f"student.classes is {given} and the data have {len(classes)} classes: leave it out, or give at least {len(classes)}"
+            )
+    elif len(given) != len(classes):
+        raise BadInput(
+            f"student.classes names {len(given)} and the data have {len(classes)} classes: leave it out, or name each of them in the "
+            "data's order"
+        )
+    elif moved(given, classes):
+        raise BadInput(
+            f"student.classes names classes of the data in another order: {moved(given, classes, 'student')}; leave it out, or list "
+            "them in the data's order"
+        )
+
+
+def moved(names: Sequence[str], classes: Sequence[str], whose: str = "teacher") -> str:
+    """Which class of the data stands at another place among as many names, in words; "" where none does."""
+    places = {name: place for place, name in enumerate(classes)} if len(names) == len(classes) else {}
+    found = ((name, place) for place, name in enumerate(names) if places.get(name, place) != place)
+    return next((f"{name} is class {place} of the {whose}, {places[name]} of the data" for name, place in found), "")
+
+
+def few(dataset: Any) -> list[int]:
+    """The positions of a few samples, two where there are so many: where they have labels, one of each class."""
+    labels = known_labels(dataset)
+    firsts = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels[labels >= 0].unique()]
+    return list(dict.fromkeys([*firsts, *labelled_first(dataset)]))[: max(2, len(firsts))]
+
+
+def labelled_first(dataset: Any) -> list[int]:
+    """The positions of all samples: where they have labels, those of the labelled ones before the others."""
+    labels = known_labels(dataset)
+    return list(range(len(dataset))) if labels is None else (labels < 0).int().argsort(stable=True).tolist()
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """The label of each sample, [N], below 0 where it has none; None where the dataset does not tell."""
+    labels = getattr(dataset, "labels", None)
+    return labels if isinstance(labels, Tensor) and labels.shape == (len(dataset),) else None
 
 
 def load_model(spec: ModelSpec, seed: int, classes: Sequence[str] | None = None) -> VLM | nn.Module:
@@ -329,7 +412,7 @@ def load_teacher(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM |
         return load_model(spec, seed=0, classes=classes if fits else None)
     from limbeck.engine.run import trained_once
 
-    return trained_once(spec.name, [f"--{key}={value}" for key, value in spec.options.items()])
+    return trained_once(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
 
 
 def cache_folder() -> Path:

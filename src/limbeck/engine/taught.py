@@ -8,17 +8,22 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from limbeck.batch import Batch
+from limbeck.data.vlm import VQADataset
 from limbeck.engine.batches import derived_seed, random_state_kept, seed_all, typical_samples
 from limbeck.errors import BadInput
 from limbeck.losses.logits import IGNORE
 from limbeck.teachers.cached import CachedTeacher
 
-TOLERANCE = 1e-3  # of pixels' root mean square: another machine may resize a picture by other roundings
+TOLERANCE = 1e-3  # by which a projection may differ, of the pixels' root mean square; and
+STEP = (
+    4 / 255
+)  # at least: another machine resizes by other roundings, and pixels that are off by one move it by a quarter of that
 LOOKED_AT = 4096  # pixels
 STAND_IN = np.random.MT19937()  # for NumPy's own generator while a sample is drawn
 
@@ -68,7 +73,7 @@ class TaughtDataset(Dataset[Any]):
         index = getattr(self.dataset, "chosen", int)(index)
         view = epoch % len(self.places)
         shard, position = self.places[view, index].tolist()
-        item = drawn(self.dataset, view, index)
+        item = drawn(self.dataset, view, index, self.ids[index])
         if not matches(self.teacher.opened(shard).seals[position], self.dataset, index, item):
             what = "questions or answer tokens" if _asked(item) else "pixels"
             raise BadInput(
@@ -93,7 +98,7 @@ class TaughtCollate:
 
 def sample_ids(dataset: Any) -> list[str]:
     """The name of each sample: its record's id, what the dataset's ``ids`` says, or its position. `BadInput` where two share one."""
-    if hasattr(dataset, "records"):
+    if isinstance(dataset, VQADataset):
         ids = [record.id for record in dataset.records]
     else:
         ids = [str(name) for name in getattr(dataset, "ids", range(len(dataset)))]
@@ -104,12 +109,13 @@ def sample_ids(dataset: Any) -> list[str]:
     return ids
 
 
-def drawn(dataset: Any, view: int, index: int) -> Any:
-    """A sample with its random augmentation drawn from (view, index) alone; the random generators are as before afterwards."""
-    if hasattr(dataset, "records"):  # always encoded in the same way
+def drawn(dataset: Any, view: int, index: int, name: str) -> Any:
+    """Sample ``index`` with its random augmentation drawn from the view and its name alone; the random generators are as before
+    afterwards."""
+    if isinstance(dataset, VQADataset):  # always encoded in the same way
         return dataset[index]
     with random_state_kept(STAND_IN):
-        seed_all(derived_seed(view, index))
+        seed_all(derived_seed(view, zlib.crc32(name.encode("utf-8", "surrogateescape"))))
         return dataset[index]
 
 
@@ -129,11 +135,11 @@ def _sealed(dataset: Any, index: int, item: Any) -> tuple[float, float]:
     """A sample's seal, and by how much another may differ from it."""
     if _asked(item):
         labels = item["student"]["labels"].numpy()
-        told = repr(dataset.records[index].turns) if hasattr(dataset, "records") else ""
+        told = repr(dataset.records[index].turns) if isinstance(dataset, VQADataset) else ""
         return float(zlib.crc32(labels[labels != IGNORE].tobytes(), zlib.crc32(told.encode()))), 0.0
     pixels = _pixels(item)
     projected = float(pixels @ _signs(len(pixels))) / max(1, len(pixels)) ** 0.5
-    return projected, TOLERANCE * float(np.sqrt(np.square(pixels).mean()))
+    return projected, max(STEP, TOLERANCE * float(np.sqrt(np.square(pixels).mean())))
 
 
 def _asked(item: Any) -> bool:
@@ -142,8 +148,8 @@ def _asked(item: Any) -> bool:
 
 def _pixels(item: Any) -> NDArray[np.float64]:
     """[N]: up to about `LOOKED_AT` of them, evenly spread."""
-    pixels = np.asarray(item["pixel_values"] if isinstance(item, dict) else item[0]).reshape(-1)
-    return pixels[:: max(1, len(pixels) // LOOKED_AT)].astype(np.float64)
+    pixels = torch.as_tensor(item["pixel_values"] if isinstance(item, dict) else item[0]).reshape(-1)
+    return pixels[:: max(1, len(pixels) // LOOKED_AT)].double().numpy()
 
 
 @cache

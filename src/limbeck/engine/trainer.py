@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from limbeck.engine.batches import (
@@ -62,6 +63,7 @@ from limbeck.methods.base import Batch, Losses, Method, Stage
 from limbeck.naming import nearest
 
 Evaluate = Callable[[Method, Accelerator], dict[str, float]]
+Share = float | Tensor
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 ON_EVERY_PROCESS = StateDictOptions(full_state_dict=True)
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -200,15 +202,20 @@ class Trainer:
         self.method.to(self.accelerator.device)
 
     def _rehearse(self, batch: Batch) -> None:
-        """Enter every stage that trains a part, and ask it for its losses once: what it cannot train is refused here."""
+        """Enter every stage that trains a part or weighs a term by a name that the method's weights lack, and ask it for its losses once:
+        what it cannot train, and what weighs nothing, is refused here."""
         for stage in self.plan:
-            if stage.trainable == ("*",):
+            own_weights = self.method.weights
+            if stage.trainable == ("*",) and own_weights.keys() >= stage.weights.keys():
                 continue
-            own_weights, frozen = self.method.weights, choose_trainable(self.method, stage)
+            frozen = choose_trainable(self.method, stage)
             self.method.weights = {**own_weights, **stage.weights}
             with torch.enable_grad(), self.accelerator.autocast():
-                self.method(batch)
+                terms = [*own_weights, *self.method(batch)]
             self.method.weights = own_weights
+            for name in stage.weights:
+                if name not in terms:
+                    raise BadInput(f"stage {stage.name!r}: no term {name!r} to weigh; {nearest(name, set(terms))}")
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
@@ -263,13 +270,13 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * schedule(config, self.position.in_stage, stage.steps)
             self.method.steps_done = self.position.step
-            batch, terms = self._step(model, optimizer, [next(batches) for _ in range(pieces)])
+            batch, terms, norm = self._step(model, optimizer, [next(batches) for _ in range(pieces)])
             self.position.in_stage += 1
             self.position.step += 1
             self.method.after_step(self.position.step)
             if self.ema is not None:
                 self.ema.update_parameters(self.method.student)
-            journal.add(batch, terms, optimizer.param_groups[0]["lr"])
+            journal.add(batch, terms, norm, optimizer.param_groups[0]["lr"])
             last = self.position.in_stage == stage.steps
             evaluate_now = self.evaluate and stage.evaluate_every and (self.position.in_stage % stage.evaluate_every == 0 or last)
             if config.diagnose_every and self.position.step % config.diagnose_every == 0:
@@ -281,6 +288,7 @@ class Trainer:
             if evaluate_now or last or (config.checkpoint_every and self.position.step % config.checkpoint_every == 0):
                 journal.flush()
                 self._save(model, optimizer)
+                journal.since = time.perf_counter()  # nothing of that is training
         self.method.weights = base_weights
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -290,20 +298,24 @@ class Trainer:
             self.method = bare.to(accelerator.device)
         self.position.stage, self.position.in_stage = index + 1, 0
 
-    def _step(self, model: nn.Module, optimizer: Any, micro: list[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
-        """One optimiser step over this process's micro-batches; returns them and the mean of each weighted term over all processes.
+    def _step(self, model: nn.Module, optimizer: Any, micro: list[Batch]) -> tuple[list[Batch], dict[str, Tensor], Tensor | None]:
+        """One optimiser step over this process's micro-batches; returns them, what they add to the mean of each weighted term over all
+        processes, and the norm of the gradient, where it is clipped and no scaler may skip the step.
 
         Nothing here waits for the device. accelerate's own ``backward`` and optimiser scale what fp16 asks to be scaled; elsewhere they
         only take time (half a millisecond a step: they look for packages), so that torch is called directly.
         """
         accelerator, device = self.accelerator, self.accelerator.device
         sums: dict[str, Tensor] = {}
-        batches = []
-        for index, (batch, share) in enumerate(zip(micro, self._shares(micro), strict=True)):
+        norm, batches = None, []
+        for index, (batch, (share, apart)) in enumerate(zip(micro, self._shares(micro), strict=True)):
             if device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=True)
             with synchronised(accelerator, model, index == len(micro) - 1):
                 losses = Losses(model(batch))
+                if apart:
+                    losses = Losses({name: value.float() * apart.get(name, share) for name, value in losses.items()})
+                    share = 1.0
                 # DDP averages gradients over processes; the share is of the global batch.
                 total = times(losses.total, share * accelerator.num_processes)
                 total.backward() if accelerator.scaler is None else accelerator.backward(total)
@@ -313,25 +325,33 @@ class Trainer:
             batches.append(batch)
         if self.config.clip is not None:
             if accelerator.is_fsdp2:  # in the model's own order: accelerate compares the list with it, element by element
-                accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.config.clip)
+                norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.config.clip)
             else:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 accelerator.unscale_gradients(optimizer)
-                nn.utils.clip_grad_norm_(parameters, self.config.clip)
+                norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
         (optimizer.optimizer if accelerator.scaler is None else optimizer).step()
         optimizer.optimizer.zero_grad(set_to_none=True)
-        if accelerator.num_processes > 1:
-            sums = {name: accelerator.reduce(value) for name, value in sums.items()}
-        return batches, sums
+        return batches, sums, norm if accelerator.scaler is None else None
 
-    def _shares(self, micro: list[Batch]) -> Sequence[float | Tensor]:
-        """The share of each micro-batch in the units of the whole batch; on the device where other processes hold parts of that."""
-        counts = [float(self.method.units(batch)) for batch in micro]
-        if self.accelerator.num_processes == 1:
-            whole = max(sum(counts), 1.0)
-            return [count / whole for count in counts]
-        units = self.accelerator.reduce(torch.full((), sum(counts), device=self.accelerator.device)).clamp_min(1)
-        return [count / units for count in counts]
+    def _shares(self, micro: list[Batch]) -> list[tuple[Share, dict[str, Share]]]:
+        """The share of each micro-batch in the units of the whole batch, and of terms that have their own, by name, in those; on the
+        device where other processes hold parts of that."""
+        world, device = self.accelerator.num_processes, self.accelerator.device
+        if world == 1 and len(micro) == 1:
+            return [(1.0, {})]
+        counts = []
+        for batch in micro:
+            units = self.method.units(batch)
+            counts.append({"": len(batch["ids"]), **units} if isinstance(units, Mapping) else {"": units})
+        sums = {name: float(sum(count[name] for count in counts)) for name in counts[0]}
+        wholes: Mapping[str, Share] = {name: max(whole, 1.0) for name, whole in sums.items()}
+        if world > 1:
+            here = torch.cat([torch.full((1,), whole, device=device) for whole in sums.values()])
+            wholes = dict(zip(sums, self.accelerator.reduce(here).clamp_min(1), strict=True))
+        shares: list[dict[str, Share]] = [{name: count[name] / whole for name, whole in wholes.items()} for count in counts]
+        differ = world > 1 or any(len(set(one.values())) > 1 for one in shares)
+        return [(one.pop(""), one if differ else {}) for one in shares]
 
     def _batches(self, stage: PlannedStage, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
         """This process's micro-batches from step ``start`` to step ``stop`` of a stage."""
@@ -370,10 +390,23 @@ class Trainer:
         """Call ``measure`` on the student as it would be shipped: eval mode, averaged weights, the run's precision, no gradient."""
         was_training = self.method.training
         self.method.eval()
+        self._agree()
         with self.compiled.paused(), self._averaged(), gathered(self.method), torch.no_grad(), self.accelerator.autocast():
             metrics = measure(self.method, self.accelerator)
         self.method.train(was_training)
         return metrics
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the first process's statistics (BatchNorm's, an average's), as DDP does before a forward: each process's are of what it saw
+        since."""
+        if self.accelerator.num_processes == 1:
+            return
+        equal = getattr(self.method, "_ddp_params_and_buffers_to_ignore", ())
+        for module in (self.method, self.ema):
+            for name, buffer in module.named_buffers() if module is not None else ():
+                if buffer.is_floating_point() and name not in equal:
+                    buffer.copy_(broadcast(buffer.contiguous()))
 
     def _evaluate(self, stage: PlannedStage) -> None:
         assert self.evaluate is not None
@@ -385,23 +418,28 @@ class Trainer:
         better = position.best_value is None or (
             value >= position.best_value if select.mode == "max" else value <= position.best_value
         )
-        if better:
+        if better and not math.isnan(value):
             position.best_step, position.best_value = position.step, value
         self._write({"step": position.step, "stage": stage.name, "validation": metrics})
         self.progress.note(f"step {position.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in brief(metrics).items()))
 
     @contextmanager
     def _averaged(self) -> Any:
-        """The student with its averaged weights, where an EMA is kept."""
+        """The student with its averaged weights, where an EMA is kept. What is chosen meanwhile (`Method.calibrate`) is kept in both."""
         if self.ema is None:
             yield
             return
         student = self.method.student
         own = {name: value.clone() for name, value in student.state_dict().items()}
-        student.load_state_dict(self.ema.module.state_dict())
+        averaged = self.ema.module.state_dict()
+        student.load_state_dict(averaged)
         try:
             yield
         finally:
+            for name, buffer in student.named_buffers():
+                if name in own and not torch.equal(buffer, averaged[name]):
+                    own[name] = buffer.clone()
+                    averaged[name].copy_(buffer)
             student.load_state_dict(own)
 
     def _keep_best(self) -> None:
@@ -480,14 +518,15 @@ class Trainer:
             self.method.weights = state["weights"]
             states = unflatten(checkpoint.tensors("optimizer"), state["optimizer"])
             load_optimizer_state(model, optimizer.optimizer, states)
-            if self.accelerator.scaler and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         mine = f"rng-{self.accelerator.process_index}"
         restore_rng(checkpoint.tensors(mine if (checkpoint.path / f"{mine}.safetensors").exists() else "rng-0"))
 
     def _unwrap(self) -> None:
         """Leave a stage: the method bare again, nothing of the optimiser kept by accelerate."""
         self.accelerator.unwrap_model(self.method, keep_fp32_wrapper=False)
+        self.method.__dict__.pop("_is_accelerate_prepared", None)  # else the next stage gets no autocast
         self.accelerator.free_memory()
 
     # -- the record ------------------------------------------------------------------------------------------------------------------
@@ -525,14 +564,14 @@ class Journal:
 
     def __init__(self, trainer: Trainer, stage: PlannedStage) -> None:
         self.trainer, self.stage = trainer, stage
-        self.pending: list[tuple[int, list[Any], dict[str, Tensor]]] = []
+        self.pending: list[tuple[int, list[Any], dict[str, Tensor], Tensor | None]] = []
         self.every = 1 if trainer.accelerator.device.type == "cpu" else trainer.config.log_every
         self.rows: list[dict[str, float]] = []
         self.samples, self.since, self.lr = 0, time.perf_counter(), 0.0
         self.remarked: set[str] = set()
 
-    def add(self, batches: list[Batch], terms: dict[str, Tensor], lr: float) -> None:
-        self.pending.append((self.trainer.position.step, [batch["ids"] for batch in batches], terms))
+    def add(self, batches: list[Batch], terms: dict[str, Tensor], norm: Tensor | None, lr: float) -> None:
+        self.pending.append((self.trainer.position.step, [batch["ids"] for batch in batches], terms, norm))
         self.samples += self.stage.batch_size
         self.lr = lr
         if len(self.pending) >= self.every:
@@ -541,16 +580,18 @@ class Journal:
             self.flush()
 
     def _read(self) -> None:
-        """Look at the pending terms; the first that is not finite stops the run."""
-        for step, sampled, terms in self.pending:
-            values = {name: value.item() for name, value in terms.items()}
-            broken = [name for name, value in values.items() if not math.isfinite(value)]
+        """Look at the pending terms, summed over the processes, and norms; the first that is not finite stops the run."""
+        read = [{name: value.item() for name, value in terms.items()} for _, _, terms, _ in self.pending]
+        for (step, sampled, _, norm), values in zip(self.pending, summed(read, self.trainer.accelerator), strict=True):
+            broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+            if not broken and norm is not None and not math.isfinite(length := entire(norm).item()):
+                broken = [f"the gradient's norm is {length}"]
             if broken:
                 ids = [str(name) for names in sampled for name in names]
                 last = self.trainer.checkpoints.all()
                 kept = f"the checkpoint of step {last[-1].step} is intact" if last else "no checkpoint was written yet"
                 raise NonFiniteLoss(
-                    f"step {step}: {', '.join(f'{name} is {values[name]}' for name in broken)} "
+                    f"step {step}: {', '.join(broken)} "
                     f"(terms: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}) "
                     f"on samples {', '.join(ids[:16])}{' ...' if len(ids) > 16 else ''}; {kept}: lower train.lr, or look at those samples"
                 )
@@ -609,7 +650,7 @@ def match_stages(own: Sequence[Stage], given: Sequence[StageConfig]) -> list[tup
     matched = []
     for config in given:
         base = known.get(config.name, Stage(config.name))
-        trainable = config.trainable if config.trainable != ("*",) else base.trainable
+        trainable = base.trainable if config.trainable is None else config.trainable
         matched.append((replace(base, trainable=trainable, weights={**base.weights, **config.weights}), config))
     return matched
 
@@ -690,7 +731,23 @@ def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> Abst
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def times(value: Tensor, share: float | Tensor) -> Tensor:
+def summed(rows: list[dict[str, float]], accelerator: Accelerator) -> list[dict[str, float]]:
+    """Each row with what all processes have of it, by name: a term may be absent from the batches of some."""
+    if accelerator.num_processes == 1 or not rows:
+        return rows
+    parts = zip(*gather_object([rows]), strict=True)
+    return [
+        {name: sum(part.get(name, 0.0) for part in row) for name in dict.fromkeys(name for part in row for name in part)}
+        for row in parts
+    ]
+
+
+def entire(value: Tensor) -> Tensor:
+    """A tensor that may lie in parts on several processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def times(value: Tensor, share: Share) -> Tensor:
     """The product; nothing is computed where the share is a plain 1."""
     return value if isinstance(share, float) and share == 1 else value * share
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from limbeck.errors import BadInput
+from limbeck.errors import BadInput, StaleCache
 from limbeck.losses.top_k import TopK
 from limbeck.settings import Strict, validated
 from limbeck.teachers.packing import Packing
@@ -62,6 +62,8 @@ class TopKLayout(Strict):
 
     def encode(self, values: TopK | Tensor) -> Tensor:
         assert isinstance(values, TopK)
+        if values.log_probs.isnan().any():
+            raise BadInput("the teacher's logits hold NaN or infinity: give the teacher `dtype: bfloat16` or float32")
         return torch.from_numpy(self.packing.pack(values))
 
     def decode(self, rows: Tensor) -> TopK:
@@ -103,9 +105,9 @@ class Index(Strict):
 
     format: Literal[1] = 1
     identity: dict[str, Scalar]
-    entries: dict[str, Layout]
+    entries: Annotated[dict[str, Layout], Field(min_length=1)]
     top_k: Positive
-    views: Positive = 1
+    views: Annotated[int, Field(gt=0, le=2**16)] = 1
     shard: Positive = 1024
     family: str = ""
     head: Annotated[int, Field(ge=0)] = 0
@@ -169,7 +171,7 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path} is damaged ({reason}): delete it and run `limbeck cache` again") from error
 
@@ -231,7 +233,7 @@ class CachedTeacher:
         missing = (found[..., 0] < 0).any(axis=0)
         if missing.any():
             example = ids[int(missing.argmax())]
-            raise BadInput(
+            raise StaleCache(
                 f"{self.folder} lacks {missing.sum():,} of {len(ids):,} samples of the stage {stage!r} ({example!r}, ...): "
                 "run `limbeck cache` again with the same --out, it adds what is missing"
             )
@@ -278,7 +280,7 @@ def read_index(folder: Path) -> Index:
     """``cache.json``; `BadInput` where the folder is no cache."""
     path = folder / "cache.json"
     if not path.is_file():
-        raise BadInput(
+        raise StaleCache(
             f"{folder} is no teacher cache, it has no cache.json: write one with `limbeck cache RECIPE --out {folder}`"
         )
     return validated(Index, _json(path), str(path))
@@ -287,7 +289,7 @@ def read_index(folder: Path) -> Index:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is unreadable ({error}): delete the folder and run `limbeck cache` again") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} holds no mapping: delete the folder and run `limbeck cache` again")

@@ -80,7 +80,8 @@ class Packing:
         high = np.flatnonzero(bits).reshape(len(rows), self.k) - np.arange(len(rows))[:, None] * bits.shape[1] - np.arange(self.k)
         ids = (high << self.low_bits) | _field(low, self.k, self.low_bits)  # [M, k], ascending
         farthest, rest = halves.copy().view("<f2").astype(np.float32).T  # [M] each
-        if (ids >= self.vocabulary).any() or (np.diff(ids) <= 0).any() or not (np.isfinite(farthest) & (rest < 0)).all():
+        possible = (farthest >= 0) & (rest < 0) & np.isfinite(farthest + rest)
+        if (ids >= self.vocabulary).any() or (np.diff(ids) <= 0).any() or not possible.all():
             raise ValueError("the ids or their masses are out of range")
         order = np.sort((_field(codes, self.k, BITS) << 32) | ids, axis=1)  # by distance; much faster than argsort
         distance = farthest[:, None] * ((order >> 32) / np.float32(STEPS)).astype(np.float32) ** 2

@@ -300,11 +300,12 @@ def check_draws(dataset: Any, ids: Sequence[str], views: int, warn: Callable[[st
 def check_kept(teacher: CachedTeacher, data: Mapping[str, Any], ids: Mapping[str, Sequence[str]]) -> None:
     """`StaleCache` where samples that are kept are shown otherwise now, by the looks of some: a mixture's other picture is drawn from all
     that there are."""
+    places = {stage: {name: index for index, name in enumerate(names)} for stage, names in ids.items()}
     for number, shard in enumerate(teacher.shards):
-        places = {name: index for index, name in enumerate(ids.get(shard.stage, ()))}
-        held = [(row, name) for row, name in enumerate(shard.ids) if name in places]
+        known = places.get(shard.stage, {})
+        held = [(row, name) for row, name in enumerate(shard.ids) if name in known]
         for row, name in held[:: max(1, len(held) // LOOKED_AT)]:
-            dataset, index = data[shard.stage], places[name]
+            dataset, index = data[shard.stage], known[name]
             item = drawn(dataset, shard.view, index, name)
             if not matches(teacher.opened(number).seals[row], dataset, index, item):
                 raise StaleCache(

@@ -20,7 +20,7 @@ from torch import nn
 from limbeck.engine.progress import Progress
 from limbeck.engine.recipe import PATH_KEYS, Arm, Recipe, load_recipe, shipped_recipes
 from limbeck.engine.run import environment, forwards, run, trained_student, with_task
-from limbeck.engine.task import bare_module, build_task, open_cache, recipe_teacher
+from limbeck.engine.task import bare_module, build_task, learns_from_teacher, open_cache, recipe_teacher
 from limbeck.errors import BadInput
 from limbeck.evaluate.cost import latencies
 from limbeck.models.classifier import Classifier
@@ -68,8 +68,10 @@ def bench(
             "bench draws the training data anew for each seed, and a cache holds one draw: leave `cache` out, or give `data.seed`"
         )
     if recipe.cache is not None:
-        arms = {name: with_task(variant)[0] for name, variant in arms.items()}
-        recipe = arms[recipe.method.name]
+        answered = {name: with_task(variant)[0] for name, variant in arms.items() if learns_from_teacher(variant)}
+        recipe = answered.get(recipe.method.name, recipe)
+        # A control without a teacher has that cache too, of which it reads nothing: no run is to load the teacher.
+        arms = {name: answered.get(name, variant.model_copy(update={"cache": recipe.cache})) for name, variant in arms.items()}
     check_same(folder, recipe)
     teacher = recipe_teacher(recipe)
     paths = {(name, seed): folder / name / f"seed-{seed}" for seed in range(seeds) for name in arms}

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck import __version__
 from limbeck.engine.checkpoint import digest
-from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe
+from limbeck.engine.recipe import PATH_KEYS, DataSpec, ModelSpec, Recipe, load_recipe, option_overrides
 from limbeck.errors import BadInput
 from limbeck.methods.registry import configure, find
 from limbeck.teachers.cached import Scalar
@@ -78,9 +78,7 @@ def _teacher(spec: ModelSpec) -> dict[str, Any]:
     told = spec.model_dump(exclude={"name", "weights", "trust_remote_code"})
     if spec.source == "recipe":
         with suppress(BadInput):  # not on this machine
-            told["recipe"] = _anywhere(
-                load_recipe(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
-            )
+            told["recipe"] = _anywhere(load_recipe(spec.name, option_overrides(spec)))
     elif spec.source == "transformers" and (folder := _folder(spec.name)):
         told["files"] = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.suffix in READ}
     else:

@@ -25,7 +25,16 @@ from torch import nn
 from limbeck.engine.batches import padding, sample_lengths
 from limbeck.engine.estimate import PARTS, Sizes, Tokens, Work, flops, image_tokens, memory, sizes_of
 from limbeck.engine.pictures import Pictures
-from limbeck.engine.recipe import PATH_KEYS, CacheSpec, DataSpec, ModelSpec, Recipe, load_recipe, parse_overrides
+from limbeck.engine.recipe import (
+    PATH_KEYS,
+    CacheSpec,
+    DataSpec,
+    ModelSpec,
+    Recipe,
+    load_recipe,
+    option_overrides,
+    parse_overrides,
+)
 from limbeck.engine.task import (
     Task,
     check_fingerprint,
@@ -142,7 +151,7 @@ def skeleton(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM | nn.
     """The model of a spec, for its sizes: on the meta device where transformers builds a vision-language model; a recipe's student is not
     trained. classes: of the data."""
     if spec.source == "recipe":
-        recipe = load_recipe(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
+        recipe = load_recipe(spec.name, option_overrides(spec))
         return skeleton(recipe.student, Pictures.of(data_specs(recipe)).classes if classifies(recipe) else None)
     if spec.source != "transformers" or kind_of(spec.model_dump(exclude_defaults=True)) == "classifier":
         return load_model(spec, seed=0, classes=classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -157,6 +158,11 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         if isinstance(arm, str):
             find(arm)
     return recipe
+
+
+def option_overrides(teacher: ModelSpec) -> list[str]:
+    """The options of a teacher that a recipe trains, as overrides of that recipe."""
+    return [f"--{key}={json.dumps(value)}" for key, value in teacher.options.items()]
 
 
 def locate(source: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from limbeck.engine.batches import EVALUATION_BATCH, collate_pairs, derived_seed
 from limbeck.engine.checkpoint import load_weights
 from limbeck.engine.fingerprint import difference, identity, recorded
 from limbeck.engine.pictures import Pictures
-from limbeck.engine.recipe import CacheSpec, DataSpec, ModelSpec, Recipe
+from limbeck.engine.recipe import CacheSpec, DataSpec, ModelSpec, Recipe, option_overrides
 from limbeck.engine.taught import TaughtCollate, TaughtDataset
 from limbeck.engine.trainer import Trainer, match_stages
 from limbeck.errors import BadInput, StaleCache
@@ -412,7 +411,7 @@ def load_teacher(spec: ModelSpec, classes: Sequence[str] | None = None) -> VLM |
         return load_model(spec, seed=0, classes=classes if fits else None)
     from limbeck.engine.run import trained_once
 
-    return trained_once(spec.name, [f"--{key}={json.dumps(value)}" for key, value in spec.options.items()])
+    return trained_once(spec.name, option_overrides(spec))
 
 
 def cache_folder() -> Path:

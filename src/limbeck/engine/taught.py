@@ -21,9 +21,8 @@ from limbeck.losses.logits import IGNORE
 from limbeck.teachers.cached import CachedTeacher
 
 TOLERANCE = 1e-3  # by which a projection may differ, of the pixels' root mean square; and
-STEP = (
-    4 / 255
-)  # at least: another machine resizes by other roundings, and pixels that are off by one move it by a quarter of that
+STEP = 4 / 255
+"""At least: another machine resizes by other roundings, and pixels that are off by one move it by a quarter of that."""
 LOOKED_AT = 4096  # pixels
 STAND_IN = np.random.MT19937()  # for NumPy's own generator while a sample is drawn
 
